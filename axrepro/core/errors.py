@@ -1,0 +1,20 @@
+"""The error that a user can mend."""
+
+
+class UserError(ValueError):
+    """Wrong input: a name, field, type, mesh, data file or checkpoint.
+
+    The message is one line that says what was given, what is allowed and what to do. The command line prints it without
+    a traceback and exits with code 2.
+    """
+
+
+def nearest(name: str, allowed) -> str:
+    """A hint for a misspelt `name`: the closest allowed name, or the list where nothing is close."""
+    import difflib
+
+    allowed = sorted(map(str, allowed))
+    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return "allowed: " + ", ".join(allowed) if allowed else "nothing is allowed here"

@@ -1,0 +1,105 @@
+"""The interfaces: a `Layer` maps an input to an output, a `Method` maps a batch to an objective."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from axrepro.core.context import Context
+from axrepro.core.gradients import LossFn, accumulated_gradients
+from axrepro.core.param import matmul_flops
+
+
+class Layer(ABC):
+    """A frozen dataclass of hyperparameters. Its parameters live outside, in a plain nested dict.
+
+    Every concrete layer is final: to change one, wrap it. Its width arrives from the parent as `dim`.
+    """
+
+    @abstractmethod
+    def specs(self, dim: int) -> dict:
+        """The parameters for inputs of width `dim`, as a tree of `Param`."""
+
+    @abstractmethod
+    def apply(self, params: dict, x: Any, ctx: Context) -> tuple[Any, dict]:
+        """The output, and the aux tree (mirroring `params`; children's aux must be passed on)."""
+
+    def attention_flops(self, length: int) -> float:
+        """Forward FLOPs per token of products between activations, all `length` keys counted; containers add up."""
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One update within a step: which parameters train on the loss of this phase.
+
+    Attributes:
+      name: told to the method as `ctx.phase`.
+      trains: glob of parameter paths; parameters outside it stand still in this phase, optimizer state included.
+    """
+
+    name: str = "train"
+    trains: str = "**"
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Train FLOPs of one step (forward and backward, nothing recomputed), and the attention share in them."""
+
+    matmul: float
+    attention_full: float
+
+    @property
+    def causal(self) -> float:
+        """With the half of the attention matrix that a causal mask needs."""
+        return self.matmul + self.attention_full / 2
+
+    @property
+    def full(self) -> float:
+        """With the whole attention matrix."""
+        return self.matmul + self.attention_full
+
+
+class Method(ABC):
+    """An objective: what the trainer trains. The trainer knows nothing else of a model.
+
+    `specs` and `loss` are enough for most. The other members have defaults and serve methods with several optimizers
+    (`phases`), with gradients that are not a plain mean (`gradients`), or that make their own data by sampling (`rollout`).
+    """
+
+    @abstractmethod
+    def specs(self) -> dict:
+        """All parameters: trained, frozen and updated ones."""
+
+    @abstractmethod
+    def loss(self, params: dict, batch: dict[str, jax.Array], ctx: Context) -> dict:
+        """The aux tree of one batch; its `Loss` terms are minimised."""
+
+    def evaluate(self, params: dict, batch: dict[str, jax.Array], ctx: Context) -> dict:
+        """The aux tree of one held-out batch; `Loss` and `Metric` terms are reported. By default the training loss."""
+        return self.loss(params, batch, ctx)
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The updates within a step, in order; a name may repeat (five critic updates, then one of the generator)."""
+        return (Phase(),)
+
+    def gradients(
+        self, loss: LossFn, params: dict, batch: dict, ctx: Context, microbatches: int
+    ) -> tuple[dict, dict]:
+        """Gradients and merged aux of one batch. Override to see gradients per example or per worker before the mean."""
+        return accumulated_gradients(loss, params, batch, ctx, microbatches)
+
+    def rollout(self, params: dict, batch: dict[str, jax.Array], ctx: Context) -> dict[str, jax.Array]:
+        """The batch to train on, made from the data's batch between steps by sampling from the model; jitted apart."""
+        return batch
+
+    def flops(self, batch: Mapping[str, tuple[int, ...]]) -> Flops:
+        """Train FLOPs of one step, from the shapes of a batch: three times the forward pass over every token."""
+        first = next(iter(batch.values()))
+        tokens = first[0] * (first[1] if len(first) > 1 else 1)
+        return Flops(matmul=3 * tokens * matmul_flops(self.specs()), attention_full=0.0)
+
+    def check(self, batch: Mapping[str, tuple[int, ...]], vocab_size: int | None) -> None:
+        """Raises UserError if the data does not fit the model (called before anything is compiled)."""
