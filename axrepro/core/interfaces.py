@@ -26,8 +26,12 @@ class Layer(ABC):
     def apply(self, params: dict, x: Any, ctx: Context) -> tuple[Any, dict]:
         """The output, and the aux tree (mirroring `params`; children's aux must be passed on)."""
 
-    def attention_flops(self, length: int) -> float:
-        """Forward FLOPs per token of products between activations, all `length` keys counted; containers add up."""
+    def attention_flops(self, dim: int, length: int, full: bool) -> float:
+        """Forward FLOPs per token of products between activations; containers add up their children's.
+
+        Args:
+          full: count all `length` keys per query, otherwise those that the mask lets through.
+        """
         return 0.0
 
 
@@ -46,20 +50,15 @@ class Phase:
 
 @dataclass(frozen=True)
 class Flops:
-    """Train FLOPs of one step (forward and backward, nothing recomputed), and the attention share in them."""
+    """Train FLOPs of one step: forward and backward, nothing recomputed.
 
-    matmul: float
-    attention_full: float
+    Attributes:
+      causal: with the part of the attention matrices that the masks let through.
+      full: with whole attention matrices, as some projects count.
+    """
 
-    @property
-    def causal(self) -> float:
-        """With the half of the attention matrix that a causal mask needs."""
-        return self.matmul + self.attention_full / 2
-
-    @property
-    def full(self) -> float:
-        """With the whole attention matrix."""
-        return self.matmul + self.attention_full
+    causal: float
+    full: float
 
 
 class Method(ABC):
@@ -99,7 +98,8 @@ class Method(ABC):
         """Train FLOPs of one step, from the shapes of a batch: three times the forward pass over every token."""
         first = next(iter(batch.values()))
         tokens = first[0] * (first[1] if len(first) > 1 else 1)
-        return Flops(matmul=3 * tokens * matmul_flops(self.specs()), attention_full=0.0)
+        flops = 3 * tokens * matmul_flops(self.specs())
+        return Flops(causal=flops, full=flops)
 
     def check(self, batch: Mapping[str, tuple[int, ...]], vocab_size: int | None) -> None:
         """Raises UserError if the data does not fit the model (called before anything is compiled)."""

@@ -1,0 +1,120 @@
+"""Batches made ahead of time by a background thread."""
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Mapping
+
+import jax
+
+from axrepro.core.errors import UserError
+from axrepro.data.base import Batches
+
+
+class _Producer:
+    """The thread, and what it has made and nobody has taken yet.
+
+    It knows nothing of the `_Prefetch` that consumes: otherwise one forgotten unclosed could not be collected.
+    """
+
+    def __init__(self, batches: Batches, depth: int):
+        self._batches = batches
+        self._depth = depth
+        self._made: deque[tuple[dict[str, jax.Array], dict]] = deque()
+        self._end: BaseException | None = None  # why there are no further batches; StopIteration in the good case
+        self._stopped = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopped or len(self._made) < self._depth)
+                if self._stopped:
+                    return
+            try:
+                item = next(self._batches), self._batches.position()
+            except BaseException as error:  # it belongs to the consumer, whatever it is
+                with self._changed:
+                    self._end = error
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._made.append(item)
+                self._changed.notify_all()
+
+    def take(self) -> tuple[dict[str, jax.Array], dict]:
+        """The next batch and the position after it. Raises what the batches raised, once those before it are taken."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._made or self._end is not None or self._stopped)
+            if self._made:
+                item = self._made.popleft()
+                self._changed.notify_all()
+                return item
+            raise self._end if self._end is not None else RuntimeError("these batches were closed")
+
+    def stop(self):
+        with self._changed:
+            self._stopped = True
+            self._made.clear()
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:  # it may be this thread that collects garbage
+            self._thread.join()
+
+
+class _Prefetch(Batches):
+    def __init__(self, batches: Batches, depth: int):
+        self._batches = batches
+        self._depth = depth
+        self._position = batches.position()
+        self._producer: _Producer | None = None
+        self._release = lambda: None
+        self._closed = False
+
+    def __next__(self) -> dict[str, jax.Array]:
+        if self._closed:
+            raise RuntimeError("these batches were closed")
+        if self._producer is None:
+            self._producer = _Producer(self._batches, self._depth)
+            self._release = weakref.finalize(self, self._producer.stop)  # also when the interpreter exits
+        batch, self._position = self._producer.take()
+        return batch
+
+    def position(self) -> dict:
+        return self._position
+
+    def _stop(self):
+        self._release()
+        self._producer = None
+
+    def seek(self, position: Mapping) -> None:
+        if self._closed:
+            raise RuntimeError("these batches were closed")
+        self._stop()
+        try:
+            self._batches.seek(position)
+        except UserError:
+            self._batches.seek(self._position)  # the thread had run ahead; nothing is lost by a bad position
+            raise
+        self._position = self._batches.position()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._stop()
+            self._batches.close()
+
+
+def prefetch(batches: Batches, depth: int = 2) -> Batches:
+    """The same batches in the same order, made by a thread that stays up to `depth` of them ahead.
+
+    `position` counts what was handed out, not what was made ahead. An exception of `batches` is raised where the batch
+    that failed would have been handed out. From here on `batches` belongs to the result; close that alone.
+
+    Raises:
+      UserError: if `depth` is less than 1.
+    """
+    if depth < 1:
+        raise UserError(f"prefetch depth {depth}: it is at least 1")
+    return _Prefetch(batches, depth)

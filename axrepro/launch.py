@@ -1,0 +1,206 @@
+"""python -m axrepro.launch: runs an experiment.
+
+Nothing heavy is imported before the platform is chosen, and a wrong input ends in one line and exit code 2.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from axrepro.core.errors import UserError, nearest
+
+MODES = ("train", "describe", "eval")
+_HELP = """
+Any field of the experiment is set by its path, for example
+  --experiment.train.steps=100 --experiment.mesh.fsdp=8 --experiment.method.model.dim=256
+("experiment." may be left out). --mode=describe prints all fields.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m axrepro.launch",
+        description="Train, evaluate or describe an experiment.",
+        epilog=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--experiment", metavar="NAME", help="a function under experiments/, or file:function")
+    parser.add_argument("--workdir", metavar="DIR", help="where the run lives; default runs/NAME")
+    parser.add_argument("--mode", choices=MODES, default="train", help="default: train; it resumes where it stopped")
+    parser.add_argument("--list", action="store_true", help="print the experiments and what they are")
+    parser.add_argument("--devices", type=int, metavar="N", help="emulate N CPU devices (per process)")
+    parser.add_argument("--topology", metavar="SLICE", help="describe for this slice, such as v5p-1024")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where it is not detected")
+    parser.add_argument("--num_processes", type=int, metavar="N", help="with --coordinator")
+    parser.add_argument("--process_id", type=int, metavar="I", help="with --coordinator: 0 to N-1")
+    return parser
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The flags, and the overrides by path.
+
+    Raises:
+      UserError: for a flag that does not exist, or a value that it cannot take.
+    """
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    overrides = {}
+    for item in rest:
+        name, equals, value = item.removeprefix("--").partition("=")
+        if not item.startswith("--") or "." not in name:
+            flags = [action.option_strings[-1].removeprefix("--") for action in parser._actions]
+            raise UserError(f"unknown argument {item!r}; {nearest(name, flags)} (--help shows all)")
+        if not equals:
+            raise UserError(f"{item!r} needs a value: {item}=VALUE")
+        overrides[name.removeprefix("experiment.")] = value
+    for name, least in (("devices", 1), ("num_processes", 1), ("process_id", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name}={value} must be at least {least}")
+    if not args.list and not args.experiment:
+        raise UserError("--experiment=NAME is missing; --list prints the names")
+    if args.topology and args.mode != "describe":
+        raise UserError(f"--topology goes with --mode=describe, not --mode={args.mode}")
+    return args, overrides
+
+
+def _has_accelerator() -> bool:
+    """Whether this machine has a GPU or TPU, not merely its software."""
+    dev = Path("/dev")
+    return any(dev.glob("nvidia[0-9]*")) or any(dev.glob("accel[0-9]*")) or any(dev.glob("vfio/[0-9]*"))
+
+
+def set_up_platform(args: argparse.Namespace) -> None:
+    """Chooses the platform before jax looks for one, so that absent hardware makes no noise."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    on_cpu = args.devices is not None or args.mode == "describe" and args.topology
+    if on_cpu or ("JAX_PLATFORMS" not in os.environ and not _has_accelerator()):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    if args.devices is not None:
+        jax.config.update("jax_num_cpu_devices", args.devices)
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Joins the other processes of the job: by the flags, or as SLURM or a TPU pod describes them.
+
+    Raises:
+      UserError: if the flags are incomplete, or the coordinator is not reached.
+    """
+    import jax
+
+    flags = {name: getattr(args, name) for name in ("coordinator", "num_processes", "process_id")}
+    given = [name for name, value in flags.items() if value is not None]
+    detected = int(os.environ.get("SLURM_NTASKS", "1")) > 1 or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
+    detected = detected or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+    if given and len(given) < len(flags):
+        missing = [name for name in flags if name not in given]
+        raise UserError(f"--{given[0]} needs --{' and --'.join(missing)} too")
+    if args.num_processes is not None and args.process_id >= args.num_processes:
+        raise UserError(f"--process_id={args.process_id} must be less than --num_processes={args.num_processes}")
+    try:
+        if given:
+            jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+        elif detected:
+            jax.distributed.initialize()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"cannot join the other processes: {' '.join(str(error).split())[:300]}") from None
+
+
+def _config(args: argparse.Namespace, overrides: dict[str, str]):
+    """The experiment on this hardware, overridden; (name, experiment, slice name, number of devices, mesh rule)."""
+    from axrepro import registry
+    from axrepro.core.config import override
+    from axrepro.train.experiment import on_hardware
+    from axrepro.train.hardware import slice_devices, slice_name
+
+    entry = registry.find(args.experiment, registry.index())
+    if args.topology:
+        where, count = args.topology, slice_devices(args.topology)
+    else:
+        import jax
+
+        devices = jax.devices()
+        count = len(devices)
+        where = slice_name(devices[0].device_kind, count)
+    experiment, rule = on_hardware(registry.load(entry), where)
+    return entry.name, override(experiment, overrides), where, count, rule
+
+
+def _train(name: str, experiment, workdir: str) -> int:
+    import jax
+
+    from axrepro.train.loop import train
+
+    if jax.process_index() == 0:
+        print(f"{name} on {jax.device_count()} × {jax.devices()[0].device_kind}, workdir {workdir}", flush=True)
+    outcome = train(experiment, workdir, name)
+    if jax.process_index() == 0 and outcome.complete:
+        print(f"complete at step {outcome.step}; {workdir}/curve.png shows the run", flush=True)
+    return 0
+
+
+def _evaluate(name: str, experiment, workdir: str) -> int:
+    import json
+
+    import jax
+
+    from axrepro.train.loop import evaluate
+
+    step, scalars = evaluate(experiment, workdir)
+    if jax.process_index() == 0:
+        print(json.dumps({"step": step, **scalars}), flush=True)
+    return 0
+
+
+def run(argv: list[str]) -> int:
+    """The command; returns the exit code. Raises UserError for wrong input."""
+    args, overrides = parse(argv)
+    if args.list:
+        from axrepro import registry
+
+        entries = registry.index()
+        width = max((len(entry.name) for entry in entries), default=0)
+        print("\n".join(f"{entry.name:{width}}  {entry.description}" for entry in entries))
+        return 0
+    set_up_platform(args)
+    join_processes(args)
+    name, experiment, where, count, rule = _config(args, overrides)
+    workdir = args.workdir or f"runs/{name.replace(':', '_').replace('/', '_')}"
+    if args.mode == "describe":
+        from axrepro.train.describe import describe
+
+        print(describe(name, experiment, where, count, rule))
+        return 0
+    return {"train": _train, "eval": _evaluate}[args.mode](name, experiment, workdir)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`run` with errors told in one line: exit code 2 for wrong input, 1 for a loss that is not finite."""
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"axrepro: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("axrepro: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        from axrepro.train.not_finite import NotFiniteError
+
+        if not isinstance(error, NotFiniteError):
+            raise
+        print(f"axrepro: stopped: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Softmax cross entropy over a vocabulary, without ever holding the logits of a whole batch.
+
+Axes: B batch, T sequence, D width, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def softmax_cross_entropy(
+    logits: Float[Array, "*B V"], targets: Int[Array, "*B"]
+) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+    """-log softmax(logits)[target] in nats, and the log-partition log sum exp(logits); both float32."""
+    logits = logits.astype(jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], log_z
+
+
+def chunked_cross_entropy(
+    head: Callable[[Float[Array, "B C D"]], Float[Array, "B C V"]],
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    chunk: int | None,
+) -> dict[str, Float[Array, "B T"]]:
+    """Cross entropy of the next token, `chunk` positions of every row at a time.
+
+    Only [B, chunk, V] logits exist at once; the backward pass computes them again (2 D V FLOPs a token more).
+
+    Args:
+      head: logits of hidden states; its parameters may be closed over.
+      chunk: positions at once, rounded down to a divisor of T; None: all, and nothing is computed twice.
+    Returns:
+      {"nll": nats, "log_z": log-partition, "correct": 1.0 where the most likely token is the target}, each float32[B, T].
+    """
+
+    def one(hidden, targets):
+        logits = head(hidden)
+        nll, log_z = softmax_cross_entropy(logits, targets)
+        return {"nll": nll, "log_z": log_z, "correct": (logits.argmax(-1) == targets).astype(jnp.float32)}
+
+    batch, length = targets.shape
+    if chunk is None or chunk >= length:
+        return one(hidden, targets)
+    chunk = next(size for size in range(max(chunk, 1), 0, -1) if length % size == 0)
+
+    def chunks(x):  # [B, T, ...] -> [T / chunk, B, chunk, ...]
+        return jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0)
+
+    _, out = jax.lax.scan(
+        lambda _, xs: (None, jax.checkpoint(one, prevent_cse=False)(*xs)), None, (chunks(hidden), chunks(targets))
+    )
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, length), out)

@@ -1,0 +1,1 @@
+"""Assembled networks, each with factory functions for its known shapes."""

@@ -1,0 +1,15 @@
+"""Layers that two or more models share. A layer that one paper uses stays in its method file until a second needs it."""
+
+from axrepro.kernels.attention import Mask
+from axrepro.nn.attention import Attention
+from axrepro.nn.block import Block, Repeat, Sequence, dropout, every
+from axrepro.nn.embedding import Embedding
+from axrepro.nn.feed_forward import FeedForward
+from axrepro.nn.moe import MoE, TopK
+from axrepro.nn.norm import LayerNorm, RMSNorm
+from axrepro.nn.rope import LinearScaling, Llama3Scaling, RoPE, YarnScaling
+
+__all__ = [
+    "Attention", "Block", "Embedding", "FeedForward", "LayerNorm", "LinearScaling", "Llama3Scaling", "Mask", "MoE",
+    "RMSNorm", "Repeat", "RoPE", "Sequence", "TopK", "YarnScaling", "dropout", "every",
+]

@@ -1,0 +1,141 @@
+"""Residual blocks, and the containers that stack them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from axrepro.core.config import swap
+from axrepro.core.context import Context
+from axrepro.core.errors import UserError
+from axrepro.core.interfaces import Layer
+from axrepro.core.param import stack
+from axrepro.nn.feed_forward import FeedForward
+from axrepro.nn.norm import RMSNorm
+from axrepro.nn.remat import rematerialised, tag
+
+
+def dropout(x: Float[Array, "*B"], rate: float, ctx: Context) -> Float[Array, "*B"]:
+    """Zeroes elements with probability `rate` and scales the others by 1 / (1 - rate), in training only."""
+    if rate == 0.0 or not ctx.train:
+        return x
+    if ctx.key is None:
+        raise ValueError(f"dropout={rate} in training needs ctx.key")
+    keep = jax.random.bernoulli(ctx.key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block(Layer):
+    """x + attention(norm(x)), then x + ffn(norm(x)). It is the unit of rematerialisation.
+
+    Attributes:
+      norm: before attention and feed-forward; None for post-norm only.
+      post_norm: on their outputs, inside the residual branch; with `norm` the hybrid of Gemma 2 and axlearn.
+      dropout: on their outputs.
+    """
+
+    attention: Layer
+    ffn: Layer
+    norm: Layer | None = RMSNorm()
+    post_norm: Layer | None = None
+    dropout: float = 0.0
+
+    def _norms(self, branch: str) -> dict[str, Layer]:
+        norms = {f"{branch}_norm": self.norm, f"{branch}_post_norm": self.post_norm}
+        return {name: norm for name, norm in norms.items() if norm is not None}
+
+    def specs(self, dim: int) -> dict:
+        specs = {"attention": self.attention.specs(dim), "ffn": self.ffn.specs(dim)}
+        for branch in ("attention", "ffn"):
+            specs |= {name: norm.specs(dim) for name, norm in self._norms(branch).items()}
+        return specs
+
+    def apply(self, params: dict, x: Float[Array, "B T D"], ctx: Context) -> tuple[Float[Array, "B T D"], dict]:
+        return rematerialised(self._apply, ctx.remat)(params, tag(x, "block_input"), ctx)
+
+    def _apply(self, params, x, ctx):
+        aux = {}
+        for branch, layer in (("attention", self.attention), ("ffn", self.ffn)):
+            inner, y = ctx.fold(branch), x
+            if self.norm is not None:
+                y, aux[f"{branch}_norm"] = self.norm.apply(params[f"{branch}_norm"], y, ctx)
+            y, aux[branch] = layer.apply(params[branch], y, inner)
+            if self.post_norm is not None:
+                name = f"{branch}_post_norm"
+                y, aux[name] = self.post_norm.apply(params[name], y, ctx)
+            x = ctx.shard(x + dropout(y, self.dropout, inner.fold("dropout")), "batch", "seq", "embed_act")
+        return x, aux
+
+    def attention_flops(self, dim: int, length: int, full: bool) -> float:
+        return self.attention.attention_flops(dim, length, full) + self.ffn.attention_flops(dim, length, full)
+
+
+@dataclass(frozen=True)
+class Sequence(Layer):
+    """Layers one after another; their parameters are called "0", "1", ..."""
+
+    layers: tuple[Layer, ...]
+
+    def specs(self, dim: int) -> dict:
+        return {str(i): layer.specs(dim) for i, layer in enumerate(self.layers)}
+
+    def apply(self, params: dict, x: Float[Array, "B T D"], ctx: Context) -> tuple[Float[Array, "B T D"], dict]:
+        aux = {}
+        for i, layer in enumerate(self.layers):
+            x, aux[str(i)] = layer.apply(params[str(i)], x, ctx.fold(i))
+        return x, aux
+
+    def attention_flops(self, dim: int, length: int, full: bool) -> float:
+        return sum(layer.attention_flops(dim, length, full) for layer in self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeat(Layer):
+    """One layer `times` times with separate parameters, stacked on a leading axis and scanned: compiled once.
+
+    Attributes:
+      unroll: iterations compiled in a row; `times` writes the loop out, for short stacks on CPU.
+    """
+
+    layer: Layer
+    times: int
+    unroll: int = 1
+
+    def specs(self, dim: int) -> dict:
+        return stack(self.layer.specs(dim), self.times, "layers")
+
+    def apply(self, params: dict, x: Float[Array, "B T D"], ctx: Context) -> tuple[Float[Array, "B T D"], dict]:
+        def body(x, params_and_key):
+            # a closed-over key would give every iteration the same dropout mask
+            params, key = params_and_key
+            return self.layer.apply(params, x, ctx.replace(key=key))
+
+        return jax.lax.scan(body, x, (params, ctx.keys(self.times)), unroll=min(self.unroll, self.times))
+
+    def attention_flops(self, dim: int, length: int, full: bool) -> float:
+        return self.times * self.layer.attention_flops(dim, length, full)
+
+
+def every(tree, k: int, change: Callable[[Layer], Layer], kind: type[Layer] = FeedForward):
+    """`tree` with `change` applied to the `kind` layers of every k-th block: `every(experiment, 4, to_moe)`.
+
+    A `Repeat` of n blocks becomes a `Repeat` of n / k groups, the last block of each group changed.
+
+    Raises:
+      UserError: if there is no `Repeat`, or its length is no multiple of k.
+    """
+
+    def interleave(repeat: Repeat) -> Repeat:
+        groups, rest = divmod(repeat.times, k)
+        if k < 1 or rest:
+            raise UserError(f"every {k}-th block of {repeat.times} cannot be changed: choose a divisor of {repeat.times}")
+        changed = swap(repeat.layer, kind, change)
+        if k == 1:
+            return Repeat(layer=changed, times=repeat.times, unroll=repeat.unroll)
+        layers = (repeat.layer,) * (k - 1) + (changed,)
+        return Repeat(layer=Sequence(layers), times=groups, unroll=max(1, repeat.unroll // k))
+
+    return swap(tree, Repeat, interleave)

@@ -1,0 +1,75 @@
+"""Rematerialisation: which activations of a block are kept for the backward pass, moved to host memory, or recomputed.
+
+Layers name what can be kept with `tag`; a policy is a choice of names. Which one pays depends on the hardware, so it is
+set once for the run (`train.remat`, also by mesh rules) and reaches the blocks through `Context.remat`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from axrepro.core.errors import UserError, nearest
+
+NAMES = ("block_input", "q", "k", "v", "attention", "attention_out", "ffn_up", "ffn_gate", "ffn_down", "moe_routing")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What of a block survives until its backward pass; everything else is computed again.
+
+    Attributes:
+      save: names kept in device memory.   offload: names moved to pinned host memory and back.
+      all_products: keep every matrix product with a weight, whatever its name.
+    """
+
+    save: tuple[str, ...] = ()
+    offload: tuple[str, ...] = ()
+    all_products: bool = False
+
+
+POLICIES: dict[str, Policy | None] = {
+    "none": None,  # keep everything
+    "full": Policy(),  # keep only the block's input
+    "products": Policy(all_products=True),
+    "attention": Policy(save=("attention_out",)),
+    "qkvo": Policy(save=("q", "k", "v", "attention_out")),
+    "products_but_ffn": Policy(save=("q", "k", "v", "attention_out", "ffn_down", "moe_routing")),
+    "offload_qkv": Policy(offload=("q", "k", "v")),
+    "offload_qkvo": Policy(offload=("q", "k", "v", "attention_out")),
+    "offload_input_qkvo": Policy(offload=("block_input", "q", "k", "v", "attention_out")),
+}
+
+
+def tag(x: jax.Array, name: str) -> jax.Array:
+    """Names an activation so that policies can keep it."""
+    return checkpoint_name(x, name)
+
+
+def rematerialised(fn: Callable, policy: str, in_scan: bool = True) -> Callable:
+    """`fn` with its residuals chosen by the policy of this name.
+
+    Args:
+      in_scan: whether it runs inside a scan, where XLA cannot merge the recomputation away again.
+    Raises:
+      UserError: for an unknown policy, with the nearest one.
+    """
+    if policy not in POLICIES:
+        raise UserError(f"unknown remat policy {policy!r} (train.remat); {nearest(policy, POLICIES)}")
+    chosen = POLICIES[policy]
+    if chosen is None:
+        return fn
+    rules = jax.checkpoint_policies
+    if chosen.offload:
+        keep = rules.save_and_offload_only_these_names(
+            names_which_can_be_saved=list(chosen.save),
+            names_which_can_be_offloaded=list(chosen.offload),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    elif chosen.all_products:
+        keep = rules.dots_with_no_batch_dims_saveable
+    else:
+        keep = rules.save_only_these_names(*chosen.save)
+    return jax.checkpoint(fn, policy=keep, prevent_cse=not in_scan)

@@ -1,0 +1,132 @@
+"""The root of a config tree: everything that defines a run."""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from axrepro.core.config import override
+from axrepro.core.errors import UserError
+from axrepro.core.interfaces import Method
+from axrepro.core.sharding import MeshShape, Rules
+from axrepro.data import Data
+from axrepro.optim import Optimizer
+
+
+def _at_least(minimum: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < minimum:
+            raise UserError(f"{name}={value} must be at least {minimum}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How long and how to train.
+
+    Attributes:
+      steps: optimizer steps of the whole run; schedules stretch to it.
+      seed: of parameters, data order and dropout.
+      log_every: steps between logged lines.
+      grad_accumulation: microbatches per step; the gradient is that of the whole batch.
+      dtype: compute type; parameters stay in float32.
+      remat: which activations are kept for the backward pass, see `axrepro.nn.remat`.
+      not_finite: "stop" ends the run at a step whose loss or gradients are inf or nan, "skip" leaves that step out (and
+        stops after `max_skips` in a row). Either way such a step changes no parameter.
+      compiler_options: XLA flags for the step, (name, value) pairs.
+      compilation_cache: folder for compiled programs, kept between runs; None: no cache.
+    """
+
+    steps: int
+    seed: int = 0
+    log_every: int = 10
+    grad_accumulation: int = 1
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    remat: str = "none"
+    not_finite: Literal["stop", "skip"] = "stop"
+    max_skips: int = 20
+    compiler_options: tuple[tuple[str, str], ...] = ()
+    compilation_cache: str | None = None
+
+    def __post_init__(self):
+        _at_least(1, **{f"train.{n}": getattr(self, n) for n in ("steps", "log_every", "grad_accumulation", "max_skips")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpointing:
+    """When to save; the last step and a SIGTERM always save.
+
+    Attributes:
+      every: steps between checkpoints.   keep: how many of the latest stay.
+      keep_every: checkpoints at multiples of this many steps stay for ever; None: none do.
+    """
+
+    every: int = 1000
+    keep: int = 2
+    keep_every: int | None = None
+
+    def __post_init__(self):
+        _at_least(1, **{f"checkpoint.{n}": getattr(self, n) for n in ("every", "keep", "keep_every")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Evaluation on held-out data.
+
+    Attributes:
+      every: steps between evaluations; the last step is always evaluated. None: only then.
+      batches: how many batches each takes; None: the whole split. The last evaluation takes the whole split.
+    """
+
+    every: int | None = None
+    batches: int | None = 16
+
+    def __post_init__(self):
+        _at_least(1, **{"eval.every": self.every, "eval.batches": self.batches})
+
+
+@dataclass(frozen=True)
+class MeshRule:
+    """Fields to set on some hardware.
+
+    Attributes:
+      match: regular expression for the whole slice name: "v5p-(512|1024)", "h100-.*".
+      changes: (path, value) pairs as in overrides.
+    """
+
+    match: str
+    changes: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One run. Experiment files return it; `axrepro.launch` changes it from the command line.
+
+    Attributes:
+      method: the objective, which holds the models.   data: where batches come from.
+      rules: logical axes to mesh axes.   mesh: devices per mesh axis.
+      mesh_rules: changes for particular hardware; the first match applies, before those of the command line.
+    """
+
+    method: Method
+    data: Data
+    optimizer: Optimizer
+    train: Train
+    checkpoint: Checkpointing = Checkpointing()
+    eval: Evaluation = Evaluation()
+    mesh: MeshShape = MeshShape()
+    mesh_rules: tuple[MeshRule, ...] = ()
+    rules: Rules = Rules()
+
+    def __post_init__(self):
+        if self.data.batch_size % self.train.grad_accumulation:
+            raise UserError(
+                f"data.batch_size={self.data.batch_size} must be a multiple of "
+                f"train.grad_accumulation={self.train.grad_accumulation}"
+            )
+
+
+def on_hardware(experiment: Experiment, slice_name: str) -> tuple[Experiment, MeshRule | None]:
+    """The experiment with the first mesh rule that matches the slice applied, and that rule."""
+    for rule in experiment.mesh_rules:
+        if re.fullmatch(rule.match, slice_name):
+            return override(experiment, dict(rule.changes)), rule
+    return experiment, None

@@ -1,0 +1,73 @@
+"""What the devices are called, and their public peak figures."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from axrepro.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Per chip, as the vendors publish it.
+
+    Attributes:
+      tflops: dense bfloat16 TFLOP/s.   hbm_gib: memory of the chip, GiB.
+      cores: what a slice name counts per chip (v5p-8 is 4 chips).
+    """
+
+    tflops: float
+    hbm_gib: float
+    cores: int = 1
+
+
+CHIPS = {
+    "v4": Chip(275, 32, cores=2),
+    "v5e": Chip(197, 16),
+    "v5p": Chip(459, 95, cores=2),
+    "v6e": Chip(918, 32),
+    "v7x": Chip(2307, 192),
+    "h100": Chip(989, 80),
+    "h200": Chip(989, 141),
+}
+
+# parts of `device_kind`, the most specific first
+_KINDS = (
+    ("v5 lite", "v5e"), ("v5e", "v5e"), ("v5p", "v5p"), ("v5", "v5p"), ("v6", "v6e"), ("v7", "v7x"), ("tpu7x", "v7x"),
+    ("v4", "v4"), ("h200", "h200"), ("h100", "h100"),
+)  # fmt: skip
+
+
+def chip_name(device_kind: str) -> str:
+    """The short name of a device kind as jax reports it: "TPU v5 lite" is "v5e"; unknown kinds keep their own name."""
+    kind = device_kind.lower()
+    return next((name for part, name in _KINDS if part in kind), re.sub(r"\W+", "-", kind).strip("-"))
+
+
+def slice_name(device_kind: str, num_devices: int) -> str:
+    """The public name of this many devices: "v5p-1024" is 512 chips, "h100-16" two hosts, "cpu-8" eight emulated ones."""
+    chip = chip_name(device_kind)
+    return f"{chip}-{num_devices * (CHIPS[chip].cores if chip in CHIPS else 1)}"
+
+
+def slice_devices(name: str) -> int:
+    """Number of chips in a slice by its public name, `2x` or `2×` in front for several slices.
+
+    Raises:
+      UserError: if the name is not of the form "v5p-1024".
+    """
+    match = re.fullmatch(r"(?:(\d+)[x×])?([a-z]+\w*)-(\d+)", name.lower())
+    if not match or (match[2] not in CHIPS and match[2] != "cpu"):
+        allowed = ", ".join([*CHIPS, "cpu"])
+        raise UserError(f"unknown topology {name!r}; it is KIND-COUNT such as v5p-1024, with KIND one of {allowed}")
+    cores = CHIPS[match[2]].cores if match[2] in CHIPS else 1
+    count = int(match[3])
+    if count < 1 or count % cores:
+        raise UserError(f"topology {name!r}: {match[2]} counts {cores} per chip, so COUNT must be a multiple of {cores}")
+    return int(match[1] or 1) * count // cores
+
+
+def peak_flops(devices: Sequence) -> float | None:
+    """Dense bfloat16 FLOP/s of one of these devices, where it is known."""
+    chip = chip_name(devices[0].device_kind)
+    return CHIPS[chip].tflops * 1e12 if chip in CHIPS else None

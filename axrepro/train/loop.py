@@ -1,0 +1,194 @@
+"""The training loop."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+
+from axrepro.core.errors import UserError
+from axrepro.core.interfaces import Method
+from axrepro.core.sharding import make_mesh
+from axrepro.data import Batches, prefetch
+from axrepro.train.checkpoint import Checkpoints
+from axrepro.train.evaluate import Evaluator
+from axrepro.train.experiment import Experiment
+from axrepro.train.hardware import peak_flops
+from axrepro.train.not_finite import Monitor
+from axrepro.train.provenance import check_workdir, record_config
+from axrepro.train.signals import Preemption
+from axrepro.train.state import Program, TrainState
+from axrepro.train.step import train_step
+from axrepro.train.writers import Stopwatch, Writers
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended.
+
+    Attributes:
+      state: the last state.   step: its step.   complete: whether all steps are done.
+      resumed_from: the step of the checkpoint it started from; None for a new run.   scalars: the last logged ones.
+    """
+
+    state: TrainState
+    step: int
+    complete: bool
+    resumed_from: int | None
+    scalars: dict[str, float]
+
+
+def build_program(experiment: Experiment) -> Program:
+    """The experiment on all devices. Raises UserError where method, data and mesh do not fit."""
+    devices = jax.devices()
+    program = Program(experiment, make_mesh(experiment.mesh, devices), devices[0].platform.replace("cuda", "gpu"))
+    shapes = {name: array.shape for name, array in experiment.data.abstract().items()}
+    experiment.method.check(shapes, experiment.data.vocab_size)
+    _ = program.shardings  # rules and mesh fit the parameters
+    return program
+
+
+def train(experiment: Experiment, workdir: str, name: str) -> Outcome:
+    """Trains, evaluates and checkpoints; in a workdir with checkpoints it resumes from the last.
+
+    Args:
+      name: of the experiment; a workdir belongs to one.
+    Raises:
+      UserError: for wrong input or a damaged checkpoint.
+      NotFiniteError: for a loss or gradient that is inf or nan, see `Train.not_finite`.
+    """
+    settings = experiment.train
+    program = build_program(experiment)
+    first = jax.process_index() == 0
+    if first:
+        check_workdir(workdir, name)
+    if settings.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", settings.compilation_cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1)
+    checkpoints = Checkpoints(workdir, experiment.checkpoint.keep, experiment.checkpoint.keep_every)
+    batches = prefetch(experiment.data.batches("train", settings.seed, program.mesh, experiment.rules))
+    try:
+        resumed_from = checkpoints.latest_step()
+        if resumed_from is None:
+            state = jax.jit(program.init, static_argnums=0, out_shardings=program.shardings)(settings.seed)
+        else:
+            if resumed_from > settings.steps:
+                raise UserError(f"{workdir} is at step {resumed_from}, beyond train.steps={settings.steps}")
+            saved = checkpoints.restore(program.abstract_state)
+            state = saved.state
+            batches.seek(saved.data_position)
+        if first:  # only now, when the checkpoint has turned out to fit
+            record_config(workdir, name, experiment)
+        writers = Writers(workdir, resumed_from or 0, settings.steps, active=first)
+        try:
+            with Preemption() as preemption:
+                state, scalars = _run(program, state, batches, checkpoints, writers, preemption)
+        finally:
+            writers.close()
+    finally:
+        batches.close()
+        checkpoints.close()
+    step = int(state.step)
+    return Outcome(state, step, step >= settings.steps, resumed_from, scalars)
+
+
+def compile_step(program: Program, batch: dict):
+    """The train step, compiled ahead of its first use: it cannot be compiled twice. The state is donated."""
+    out_shardings = (program.shardings, program.replicated)
+    jitted = jax.jit(functools.partial(train_step, program), donate_argnums=0, out_shardings=out_shardings)
+    options = dict(program.experiment.train.compiler_options)
+    return jitted.lower(program.abstract_state, batch).compile(options or None)
+
+
+def _run(program, state, batches: Batches, checkpoints, writers, preemption) -> tuple[TrainState, dict[str, float]]:
+    experiment, settings = program.experiment, program.experiment.train
+    step = int(state.step)
+    if step == settings.steps:
+        writers.say(f"already complete at step {step}")
+    rollout, evaluate = _rollout(program), Evaluator(program)
+    monitor, meter, step_fn, scalars = Monitor(settings), Meter(program, step), None, {}
+    while step < settings.steps:
+        batch = rollout(state, next(batches))
+        if step_fn is None:
+            step_fn = compile_step(program, batch)
+            meter.watch.restart(step)
+        state, report = step_fn(state, batch)
+        step += 1
+        monitor.push(step, report)
+        last, stop = step == settings.steps, preemption.asked(step)
+        log = last or step % settings.log_every == 0
+        hold_out = last or (experiment.eval.every is not None and step % experiment.eval.every == 0)
+        save = last or stop or step % experiment.checkpoint.every == 0
+        if log or hold_out or save:
+            monitor.flush()
+        if log:
+            scalars = meter.scalars(step, report) | monitor.scalars()
+        if hold_out:
+            scalars = (scalars if log else {}) | evaluate(state.params, None if last else experiment.eval.batches)
+        if log or hold_out:
+            writers.write(step, scalars)
+        if save:
+            checkpoints.save(state, batches.position())
+        if (saved := checkpoints.finished(wait=last or stop)) is not None:
+            writers.say(f"saved checkpoint {checkpoints.folder / str(saved)}")
+        if hold_out or save:
+            meter.watch.restart(step)
+        if stop and not last:
+            writers.say(f"stopped by SIGTERM at step {step}; run the same command to go on")
+            break
+    return state, scalars
+
+
+class Meter:
+    """Turns a step's report into the logged scalars: what the method returned, speed, and learning rates."""
+
+    def __init__(self, program: Program, step: int):
+        data, settings = program.experiment.data.abstract(), program.experiment.train
+        shapes = {name: array.shape for name, array in data.items()}
+        self.watch = Stopwatch(step)
+        self._unit = "tokens" if "tokens" in shapes else "examples"
+        self._units = shapes["tokens"][0] * shapes["tokens"][1] if "tokens" in shapes else program.experiment.data.batch_size
+        self._flops = program.experiment.method.flops(shapes).causal / program.mesh.size
+        self._peak = peak_flops(jax.devices())
+        self._rates = program.experiment.optimizer.learning_rates(settings.steps)
+
+    def scalars(self, step: int, report: dict) -> dict[str, float]:
+        """The scalars of `step`, as Python floats; speeds since the last lap."""
+        scalars = {name: float(value) for name, value in jax.device_get(report["scalars"]).items()}
+        seconds = self.watch.lap(step)
+        scalars["step_time_s"] = seconds
+        scalars[f"{self._unit}_per_s"] = self._units / seconds
+        scalars["tflops_per_device"] = self._flops / seconds / 1e12
+        if self._peak is not None:
+            scalars["mfu"] = self._flops / seconds / self._peak
+        # the optimizer has seen step - 1 updates when it makes this one
+        return scalars | {name: float(rate(step - 1)) for name, rate in self._rates.items()}
+
+
+def _rollout(program: Program) -> Callable[[TrainState, dict], dict]:
+    """The method's `rollout` under jit; nothing at all for methods that have none."""
+    method = program.experiment.method
+    if type(method).rollout is Method.rollout:
+        return lambda state, batch: batch
+
+    @jax.jit
+    def sample(state, batch):
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0x5A)  # apart from the keys of the phases
+        return method.rollout(state.params, batch, program.context(key, train=False))
+
+    return sample
+
+
+def evaluate(experiment: Experiment, workdir: str) -> tuple[int, dict[str, float]]:
+    """The step of the last checkpoint in `workdir`, and its means over the whole held-out split.
+
+    Raises:
+      UserError: if there is no checkpoint, or it does not fit the experiment.
+    """
+    program = build_program(experiment)
+    checkpoints = Checkpoints(workdir, read_only=True)
+    try:
+        params, step = checkpoints.restore_params(program.abstract_state.params)
+        return step, Evaluator(program)(params, None)
+    finally:
+        checkpoints.close()

@@ -1,0 +1,73 @@
+"""The train step: pure, (state, batch) -> (state, metrics)."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from axrepro.core.aux import Metric, Update, apply_updates, collect, losses_by_name, objective, ratio, summed
+from axrepro.core.tree import flatten, merge, select
+from axrepro.train.state import Program, TrainState
+
+
+def train_step(program: Program, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+    """One step: every phase of the method in order, each with its own gradients and optimizer.
+
+    A step with a loss, gradient or update that is not finite changes nothing but `step`.
+
+    Returns:
+      The next state, and {"scalars": name -> float32, "ok": bool, "finite": name of a checked tensor -> bool}.
+    """
+    method, settings = program.experiment.method, program.experiment.train
+    key = jax.random.fold_in(state.key, state.step)
+    params, opt_state, scalars, finite = state.params, dict(state.opt_state), {}, {}
+    for index, phase in enumerate(program.phases):
+        trained = set(flatten(program.trained(phase)))
+        active = select(params, trained.__contains__)
+        rest = jax.lax.stop_gradient(select(params, lambda path, trained=trained: path not in trained))
+        ctx = program.context(jax.random.fold_in(key, index), train=True, phase=phase.name)
+
+        def loss(active, batch, ctx, rest=rest):
+            return method.loss(merge(active, rest), batch, ctx)
+
+        grads, aux = method.gradients(loss, active, batch, ctx, settings.grad_accumulation)
+        optimizer = program.optimizers[phase.name]
+        delta, opt_state[phase.name] = optimizer.update(grads, opt_state[phase.name], active)
+        updates = collect(aux, Update)
+        params = merge(optax.apply_updates(active, delta), rest)
+        params = apply_updates(params, updates, program.specs)
+
+        name = "" if len(program.phases) == 1 else f"{phase.name}/"
+        scalars |= {f"{name}{k}": v for k, v in report(aux).items()}
+        norms = {path: jnp.sum(jnp.square(g.astype(jnp.float32))) for path, g in flatten(grads).items()}
+        scalars[f"{name}grad_norm"] = jnp.sqrt(sum(norms.values()))
+        finite |= {f"{name}{k}": jnp.isfinite(v.total) for k, v in losses_by_name(aux).items()}
+        finite |= {f"gradient of {path}": jnp.isfinite(norm) for path, norm in norms.items()}
+        finite |= {f"update of {path}": jnp.isfinite(u.value).all() for path, u in updates.items()}
+    ok = jnp.stack(list(finite.values())).all()
+    keep = lambda new, old: jnp.where(ok, new, old)
+    params = jax.tree.map(keep, params, state.params)
+    opt_state = jax.tree.map(keep, opt_state, state.opt_state)
+    state = replace(state, step=state.step + 1, params=params, opt_state=opt_state)
+    return state, {"scalars": scalars, "ok": ok, "finite": finite}
+
+
+def report(aux: dict) -> dict[str, jax.Array]:
+    """The scalars to log of an aux tree: "loss" (the objective), "loss/NAME" per term, and every metric by its path."""
+    scalars = {"loss": objective(aux)}
+    terms = losses_by_name(aux)
+    if len(terms) > 1:
+        scalars |= {f"loss/{name}": ratio(term.total, term.count) for name, term in terms.items()}
+    for path, metric in collect(aux, Metric).items():
+        metric = summed(metric)
+        scalars[path] = ratio(metric.total, metric.count)
+    return scalars
+
+
+def eval_step(program: Program, params: dict, batch: dict) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Totals and counts of one held-out batch by name; adding them over batches gives exact means."""
+    aux = program.experiment.method.evaluate(params, batch, program.context(None, train=False))
+    terms = {f"loss/{name}": term for name, term in losses_by_name(aux).items()}
+    metrics = {path: summed(metric) for path, metric in collect(aux, Metric).items()}
+    return {name: (part.total, part.count) for name, part in {**terms, **metrics}.items()}

@@ -1,0 +1,168 @@
+"""Where metrics go: metrics.jsonl, TensorBoard events, curve.png, and the console."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from axrepro.core.errors import UserError
+
+
+class MetricsFile:
+    """One JSON object per logged step. Values that JSON has no number for (nan, inf) are written as strings."""
+
+    def __init__(self, path: Path, after_step: int):
+        """Opens `path` for appending; lines of steps beyond `after_step`, which will be taken again, are cut off."""
+        self._path = path
+        if path.exists():
+            kept = [line for line in read_metrics(path) if line["step"] <= after_step]
+            scratch = path.with_name(path.name + ".new")
+            scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(scratch, path)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """One line, on disk when this returns."""
+        plain = {name: value if math.isfinite(value) else str(value) for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": step, **plain}) + "\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line cut short by a kill is left out.
+
+    Raises:
+      UserError: for a damaged line elsewhere.
+    """
+    lines = path.read_text().split("\n")
+    out = []
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            out.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines) - 1:
+                raise UserError(f"{path}:{number + 1} is no JSON; move the file away to go on without its history") from None
+    return out
+
+
+class Writers:
+    """All outputs of one process; on processes other than the first it writes nothing."""
+
+    def __init__(self, workdir: str, after_step: int, steps: int, active: bool):
+        """
+        Args:
+          after_step: the step the run starts from.   steps: of the whole run, for the progress bar.
+        """
+        self._active = active
+        self._bar = None
+        if not active:
+            return
+        from tensorboardX import SummaryWriter
+
+        self._folder = Path(workdir)
+        self._file = MetricsFile(self._folder / "metrics.jsonl", after_step)
+        self._events = SummaryWriter(str(self._folder / "events"), purge_step=after_step + 1)
+        self._steps = steps
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=after_step, unit="step", dynamic_ncols=True)
+
+    def write(self, step: int, scalars: Mapping[str, float], advance: bool = True) -> None:
+        """One step's scalars to every output; `advance` moves the progress bar."""
+        if not self._active:
+            return
+        self._file.write(step, scalars)
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
+        if self._bar is not None and advance:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(_summary(scalars))
+        else:
+            self.say(f"step {step}/{self._steps}  {_summary(scalars)}")
+
+    def say(self, text: str) -> None:
+        """A line on the console, above the progress bar if there is one."""
+        if not self._active:
+            return
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Ends the files and draws the curve."""
+        if not self._active:
+            return
+        self._file.close()
+        self._events.close()
+        if self._bar is not None:
+            self._bar.close()
+        draw_curve(self._folder / "metrics.jsonl", self._folder / "curve.png")
+
+
+def _summary(scalars: Mapping[str, float]) -> str:
+    shown = {"loss": "{:.4f}", "eval/loss": "{:.4f}", "eval/bits_per_byte": "{:.4f}", "grad_norm": "{:.2f}"}
+    shown |= {"tokens_per_s": "{:,.0f}", "mfu": "{:.1%}", "skipped_steps": "{:.0f}"}
+    parts = [f"{name} {form.format(scalars[name])}" for name, form in shown.items() if name in scalars]
+    return "  ".join(parts)
+
+
+def draw_curve(metrics: Path, picture: Path) -> None:
+    """The loss over steps, smoothed in front of the raw values, with the evaluations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = read_metrics(metrics)
+    train = [(line["step"], line["loss"]) for line in lines if isinstance(line.get("loss"), float)]
+    held_out = [(line["step"], line["eval/loss"]) for line in lines if isinstance(line.get("eval/loss"), float)]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    if train:
+        steps, losses = np.array(train).T
+        window = max(1, len(losses) // 50)
+        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1)
+        axes.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"train (mean of {window} logged steps)")
+    if held_out:
+        axes.plot(*np.array(held_out).T, "o-", color="tab:orange", markersize=4, label="held out")
+    axes.set(xlabel="step", ylabel="loss (nats)", title=picture.resolve().parent.name)
+    if train or held_out:
+        lowest = min(value for _, value in train + held_out)
+        start = train[min(len(train) - 1, max(1, len(train) // 50))][1] if train else held_out[0][1]
+        axes.set_ylim(lowest - 0.05 * (start - lowest + 0.1), start + 0.1 * (start - lowest + 0.1))
+        axes.legend()
+    axes.grid(alpha=0.3)
+    scratch = picture.with_name("curve.new.png")
+    figure.savefig(scratch, dpi=120)
+    plt.close(figure)
+    os.replace(scratch, picture)
+
+
+class Stopwatch:
+    """Seconds per step since the last reading."""
+
+    def __init__(self, step: int):
+        self._step, self._time = step, time.perf_counter()
+
+    def lap(self, step: int) -> float:
+        """Seconds per step since the last lap."""
+        now = time.perf_counter()
+        seconds = (now - self._time) / max(1, step - self._step)
+        self._step, self._time = step, now
+        return seconds
+
+    def restart(self, step: int) -> None:
+        """Starts a lap here, leaving out what came before (compiling, evaluating)."""
+        self._step, self._time = step, time.perf_counter()

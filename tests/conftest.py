@@ -1,0 +1,30 @@
+"""Every test runs on eight emulated CPU devices."""
+
+import jax
+import numpy as np
+import pytest
+
+from axrepro.core.tree import flatten
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture
+def assert_close():
+    """Whether arrays, or all leaves of nested dicts, agree: norm of the difference over norm of the desired value."""
+
+    def check(actual, desired, tolerance: float):
+        if isinstance(desired, dict):
+            actual, desired = flatten(actual), flatten(desired)
+            assert actual.keys() == desired.keys()
+            pairs = {name: (actual[name], desired[name]) for name in desired}
+        else:
+            pairs = {"value": (actual, desired)}
+        for name, (a, d) in pairs.items():
+            a, d = np.asarray(a, np.float64), np.asarray(d, np.float64)
+            assert a.shape == d.shape, name
+            error = np.linalg.norm(a - d) / max(np.linalg.norm(d), 1e-30)
+            assert error <= tolerance, f"{name}: relative error {error:.3g} exceeds {tolerance:.3g}"
+
+    return check
