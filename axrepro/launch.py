@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from axrepro.core.errors import UserError, nearest
+from axrepro.errors import UserError, nearest
 
 MODES = ("train", "describe", "eval")
 _HELP = """
@@ -80,7 +80,7 @@ def _has_accelerator() -> bool:
 def set_up_platform(args: argparse.Namespace) -> None:
     """Chooses the platform before jax looks for one, so that absent hardware makes no noise."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    on_cpu = args.devices is not None or args.mode == "describe" and args.topology
+    on_cpu = args.devices is not None or (args.mode == "describe" and args.topology)
     if on_cpu or ("JAX_PLATFORMS" not in os.environ and not _has_accelerator()):
         os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
@@ -99,7 +99,9 @@ def join_processes(args: argparse.Namespace) -> None:
 
     flags = {name: getattr(args, name) for name in ("coordinator", "num_processes", "process_id")}
     given = [name for name, value in flags.items() if value is not None]
-    detected = int(os.environ.get("SLURM_NTASKS", "1")) > 1 or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
+    detected = (
+        int(os.environ.get("SLURM_NTASKS", "1")) > 1 or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
+    )
     detected = detected or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
     if given and len(given) < len(flags):
         missing = [name for name in flags if name not in given]

@@ -9,7 +9,7 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from axrepro.core.errors import UserError, nearest
+from axrepro.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ def find(name: str, entries: list[Entry]) -> Entry:
     if not found:
         raise UserError(f"no experiment {name!r}; {nearest(name, names)} (--list shows all)")
     if len(found) > 1:
-        raise UserError(f"experiment {name!r} is in several files: {', '.join(f'{e.file}:{e.function}' for e in found)}")
+        raise UserError(
+            f"experiment {name!r} is in several files: {', '.join(f'{e.file}:{e.function}' for e in found)}"
+        )
     return found[0]
 
 

@@ -8,6 +8,8 @@ from axrepro.core.tree import flatten
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+# tiny programs run once, so their time is LLVM's; XLA's own passes still run
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from axrepro.core.tree import flatten, unflatten
+from axrepro.core.tree import fill, flatten, unflatten
 
 
 def _mean_parts(values, mask, weight):
@@ -58,7 +58,7 @@ class Metric:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Update:
-    """The new value of the parameter at the same path, whose `role` is "updated" (router bias, EMA teacher, codebook)."""
+    """The new value of the parameter at its path, whose `role` is "updated" (router bias, EMA teacher, codebook)."""
 
     value: jax.Array
 
@@ -145,4 +145,4 @@ def apply_updates(params: Mapping, updates: Mapping[str, Update], specs: Mapping
         if update.value.shape != spec.shape:
             raise ValueError(f"Update of {path!r} has shape {update.value.shape}; the parameter has {spec.shape}")
         flat[path] = update.value.astype(spec.dtype)
-    return unflatten(flat)
+    return fill(specs, unflatten(flat))

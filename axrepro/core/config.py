@@ -8,18 +8,18 @@ import json
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ml_collections import ConfigDict
 
-from axrepro.core.errors import UserError, nearest
+from axrepro.errors import UserError, nearest
 
 T = TypeVar("T")
 CLASS = "class_"  # the key of a ConfigDict that holds the class name of the dataclass it came from
 
 
-@lru_cache(maxsize=None)
+@cache
 def _hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)
 
@@ -57,7 +57,9 @@ def from_config_dict(template: T, cfg: Mapping, path: str = "") -> T:
       UserError: for a missing or unknown field, another class, or a value of the wrong type.
     """
     if cfg[CLASS] != type(template).__name__:
-        raise UserError(f"{path or 'config'} is a {cfg[CLASS]}, but this experiment has {type(template).__name__} there")
+        raise UserError(
+            f"{path or 'config'} is a {cfg[CLASS]}, but this experiment has {type(template).__name__} there"
+        )
     children = _children(template)
     if unknown := sorted(set(cfg) - set(children) - {CLASS}):
         raise _unknown_field(template, unknown[0], path)
@@ -189,7 +191,9 @@ def override(tree: T, assignments: Mapping[str, Any]) -> T:
         old = _children(node)[last]
         if _is_branch(old):
             names = ", ".join(f"{path}.{name}" for name in list(_children(old))[:4])
-            raise UserError(f"{path} is a {type(old).__name__}, which has no single value; set one of its fields: {names}")
+            raise UserError(
+                f"{path} is a {type(old).__name__}, which has no single value; set one of its fields: {names}"
+            )
         hint = _hints(type(node))[last] if _is_node(node) else type(old)
         value = _parse(value, hint, path) if isinstance(value, str) else _checked(value, hint, path)
         with here.ignore_type():  # the annotation was checked just now; ConfigDict knows only the old value's type

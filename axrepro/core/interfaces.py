@@ -64,8 +64,8 @@ class Flops:
 class Method(ABC):
     """An objective: what the trainer trains. The trainer knows nothing else of a model.
 
-    `specs` and `loss` are enough for most. The other members have defaults and serve methods with several optimizers
-    (`phases`), with gradients that are not a plain mean (`gradients`), or that make their own data by sampling (`rollout`).
+    `specs` and `loss` are enough for most. The other members have defaults: override `phases` for several optimizers,
+    `gradients` where they are not those of a plain mean, `rollout` to sample the data from the model itself.
     """
 
     @abstractmethod
@@ -84,10 +84,8 @@ class Method(ABC):
         """The updates within a step, in order; a name may repeat (five critic updates, then one of the generator)."""
         return (Phase(),)
 
-    def gradients(
-        self, loss: LossFn, params: dict, batch: dict, ctx: Context, microbatches: int
-    ) -> tuple[dict, dict]:
-        """Gradients and merged aux of one batch. Override to see gradients per example or per worker before the mean."""
+    def gradients(self, loss: LossFn, params: dict, batch: dict, ctx: Context, microbatches: int) -> tuple[dict, dict]:
+        """Gradients and merged aux of one batch; override it to see gradients per example or worker before the mean."""
         return accumulated_gradients(loss, params, batch, ctx, microbatches)
 
     def rollout(self, params: dict, batch: dict[str, jax.Array], ctx: Context) -> dict[str, jax.Array]:

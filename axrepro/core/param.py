@@ -1,4 +1,4 @@
-"""Parameters, declared once: initial values, counts, shardings and optimizer masks all follow from a tree of `Param`."""
+"""Parameters, declared once: initial values, counts, shardings and optimizer masks follow from a tree of `Param`."""
 
 import math
 import zlib
@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from axrepro.core.tree import flatten, map_tree, unflatten
+from axrepro.core.tree import fill, flatten, map_tree, unflatten
 
 Role = Literal["trained", "frozen", "updated"]
 
@@ -163,7 +163,7 @@ def init_params(specs: Mapping, key: jax.Array) -> dict:
             if source.shape != spec.shape:
                 raise ValueError(f"{path!r} {spec.shape} cannot be a copy of {spec.init.path!r} {source.shape}")
             values[path] = source.astype(spec.dtype)
-    return unflatten(values)
+    return fill(specs, unflatten(values))
 
 
 def abstract_params(specs: Mapping) -> dict:

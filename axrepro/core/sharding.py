@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from axrepro.core.errors import UserError, nearest
 from axrepro.core.tree import map_tree
+from axrepro.errors import UserError, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +75,17 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
+WHOLE = ("batch", "group", "group_dispatched")  # logical axes that are split over all mesh axes of their rule
+
+
 @dataclass(frozen=True)
 class Rules:
     """Logical axis -> mesh axes, for parameters and activations alike.
 
-    A tensor may name a mesh axis once. The first mesh axis of an entry is required, so a collision there is an error; the
-    further ones apply where they are still free and divide the dimension. `embed` over `fsdp` and then `expert` thus
-    splits dense weights over both, and expert weights, whose `expert` dimension comes first, over `fsdp` alone.
-    `batch` and `group` need all their axes: see `all_axes`.
+    A tensor may name a mesh axis once. The first mesh axis of an entry is required, so a collision there is an error;
+    the further ones apply where they are still free and divide the dimension. `embed` over `fsdp` and then `expert`
+    thus splits dense weights over both, and expert weights, whose `expert` dimension comes first, over `fsdp` alone.
+    The entries in `WHOLE` need all their axes: a batch that is split over fewer devices would be computed repeatedly.
     """
 
     table: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -107,8 +110,8 @@ class Rules:
         Args:
           axes: logical axis per dimension.   shape: its size.   sizes: devices per mesh axis.
         Raises:
-          UserError: for a logical axis without a rule, two dimensions on one mesh axis, or a required mesh axis that does
-            not divide its dimension.
+          UserError: for a logical axis without a rule, two dimensions on one mesh axis, or a required mesh axis that
+            does not divide its dimension.
         """
         table, used, entries = dict(self.table), set(), []
         for axis, dim in zip(axes, shape, strict=True):
@@ -119,7 +122,7 @@ class Rules:
                 size = sizes.get(name, 1)
                 if size == 1:
                     continue
-                required = position == 0 or axis in ("batch", "group", "group_dispatched")
+                required = position == 0 or axis in WHOLE
                 fits = dim % (size * math.prod(sizes[c] for c in chosen)) == 0
                 if name in used or not fits:
                     if not required:

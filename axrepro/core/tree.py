@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 Tree = dict[str, Any]
@@ -47,19 +47,23 @@ def select(tree: Mapping, keep: Callable[[str], bool]) -> Tree:
     return unflatten({path: leaf for path, leaf in flatten(tree).items() if keep(path)})
 
 
-def merge(first: Mapping, second: Mapping) -> Tree:
-    """Two nested dicts with disjoint leaves, joined.
+def fill(template: Mapping, *parts: Mapping) -> Tree:
+    """A tree of the template's structure, empty dicts included, with the leaves of `parts`.
 
     Raises:
-      ValueError: if both hold the same path.
+      ValueError: if a leaf of the template is in no part, in several, or a part has one that the template lacks.
     """
-    a, b = flatten(first), flatten(second)
-    if both := sorted(a.keys() & b.keys()):
-        raise ValueError(f"both trees hold {both[0]!r}")
-    return unflatten({**a, **b})
+    flat: dict[str, Any] = {}
+    for part in map(flatten, parts):
+        if both := sorted(flat.keys() & part.keys()):
+            raise ValueError(f"two trees hold {both[0]!r}")
+        flat |= part
+    if wrong := sorted(flat.keys() ^ flatten(template).keys()):
+        raise ValueError(f"{wrong[0]!r} is in {'the parts but not in the template' if wrong[0] in flat else 'no part'}")
+    return map_tree(lambda path, _: flat[path], template)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _pattern(glob: str) -> re.Pattern:
     parts = re.split(r"(\*\*/|\*\*|\*)", glob)
     regex = {"**/": r"(?:.*/)?", "**": r".*", "*": r"[^/]*"}

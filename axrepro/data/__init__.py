@@ -14,7 +14,23 @@ from axrepro.data.text import PackedText, Text
 from axrepro.data.vocabulary import Bytes, SentencePiece, Vocabulary
 
 __all__ = [
-    "Batches", "Bytes", "Data", "Document", "Examples", "IndexedBatches", "JsonLines", "PackedText", "PythonStdlib",
-    "SentencePiece", "Source", "Split", "Text", "TextFiles", "Vocabulary", "batch_shardings", "logical_axes",
-    "permutation", "prefetch",
+    "Batches",
+    "Bytes",
+    "Data",
+    "Document",
+    "Examples",
+    "IndexedBatches",
+    "JsonLines",
+    "PackedText",
+    "PythonStdlib",
+    "SentencePiece",
+    "Source",
+    "Split",
+    "Text",
+    "TextFiles",
+    "Vocabulary",
+    "batch_shardings",
+    "logical_axes",
+    "permutation",
+    "prefetch",
 ]

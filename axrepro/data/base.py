@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from axrepro.core.errors import UserError
 from axrepro.core.sharding import Rules
+from axrepro.errors import UserError
 
 Split = Literal["train", "eval"]
 
@@ -88,7 +88,7 @@ class Batches(ABC):
           UserError: if it is not such a position.
         """
 
-    def close(self) -> None:  # noqa: B027 (most have nothing to release)
+    def close(self) -> None:
         """Releases threads and files. There are no batches afterwards."""
 
 

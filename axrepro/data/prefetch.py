@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import jax
 
-from axrepro.core.errors import UserError
 from axrepro.data.base import Batches
+from axrepro.errors import UserError
 
 
 class _Producer:

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from axrepro.core.errors import UserError, nearest
 from axrepro.data.base import Split
+from axrepro.errors import UserError, nearest
 
 
 class Document(NamedTuple):

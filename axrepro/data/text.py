@@ -7,11 +7,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from axrepro.core.errors import UserError
 from axrepro.data.base import Data, Examples, Split
 from axrepro.data.shuffle import permutation
 from axrepro.data.sources import Document, Source
 from axrepro.data.vocabulary import Bytes, Vocabulary
+from axrepro.errors import UserError
 
 NAMES = ("tokens", "targets", "segment_ids", "positions")
 
@@ -173,7 +173,7 @@ class Text(Data):
 
     sequence_length: int
     source: Source
-    vocabulary: Vocabulary = Bytes()  # noqa: RUF009 (frozen)
+    vocabulary: Vocabulary = Bytes()
     shuffle: bool = True
 
     def __post_init__(self):

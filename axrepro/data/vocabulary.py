@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from axrepro.core.errors import UserError
+from axrepro.errors import UserError
 
 
 class Vocabulary(ABC):

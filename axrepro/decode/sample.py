@@ -25,7 +25,14 @@ def _sample(model: CausalLM, params, tokens, start, length, key, temperature, eo
 
 
 def sample(
-    model: CausalLM, params: dict, prompt: np.ndarray, length: int, *, eos_id: int, seed: int = 0, temperature: float = 0.8
+    model: CausalLM,
+    params: dict,
+    prompt: np.ndarray,
+    length: int,
+    *,
+    eos_id: int,
+    seed: int = 0,
+    temperature: float = 0.8,
 ) -> np.ndarray:
     """The prompt's ids continued up to `length` ids in all, or to the first end-id.
 
@@ -35,7 +42,9 @@ def sample(
       ValueError: if the prompt is empty or too long, or the temperature is not positive.
     """
     if not 0 < len(prompt) < length or temperature <= 0:
-        raise ValueError(f"a prompt of {len(prompt)} ids, length {length}, temperature {temperature}: need 0 < prompt < length")
+        raise ValueError(
+            f"a prompt of {len(prompt)} ids, length {length}, temperature {temperature}: need 0 < prompt < length"
+        )
     tokens = jnp.zeros(length, jnp.int32).at[: len(prompt)].set(jnp.asarray(prompt, jnp.int32))
     ctx = Context(dtype="float32", platform=jax.devices()[0].platform.replace("cuda", "gpu"))
     key = jax.random.key(seed)

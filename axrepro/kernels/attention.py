@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from axrepro.core.errors import UserError, nearest
+from axrepro.errors import UserError, nearest
 
 Implementation = Literal["auto", "xla", "splash", "cudnn", "tokamax"]
 _MASKED = -2.0e38  # a finite float32: a row with every key masked then averages the values instead of giving nan

@@ -33,7 +33,7 @@ def chunked_cross_entropy(
       head: logits of hidden states; its parameters may be closed over.
       chunk: positions at once, rounded down to a divisor of T; None: all, and nothing is computed twice.
     Returns:
-      {"nll": nats, "log_z": log-partition, "correct": 1.0 where the most likely token is the target}, each float32[B, T].
+      float32[B, T] each: "nll" in nats, "log_z" the log-partition, "correct" 1.0 where the likeliest token is the target.
     """
 
     def one(hidden, targets):

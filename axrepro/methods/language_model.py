@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from axrepro.core.aux import Loss, Metric
 from axrepro.core.context import Context
-from axrepro.core.errors import UserError
 from axrepro.core.interfaces import Flops, Method
 from axrepro.core.param import matmul_flops
+from axrepro.errors import UserError
 from axrepro.losses.cross_entropy import chunked_cross_entropy
 from axrepro.models.causal_lm import CausalLM
 

@@ -80,9 +80,7 @@ def llama(
 ) -> CausalLM:
     """The Llama family (arXiv:2302.13971, Sec. 2.2): pre-norm RMSNorm, RoPE, SwiGLU, no biases."""
     norm = RMSNorm(eps=eps)
-    attention = Attention(
-        num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, rope=rope, qk_norm=qk_norm
-    )
+    attention = Attention(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, rope=rope, qk_norm=qk_norm)
     block = Block(attention=attention, ffn=FeedForward(hidden=hidden), norm=norm)
     layers = Repeat(layer=block, times=num_layers)
     return CausalLM(vocab_size=vocab_size, dim=dim, layers=layers, norm=norm, tied=tied)

@@ -1,4 +1,4 @@
-"""Layers that two or more models share. A layer that one paper uses stays in its method file until a second needs it."""
+"""Layers that two or more models share; what one paper uses stays in its method file until a second needs it."""
 
 from axrepro.kernels.attention import Mask
 from axrepro.nn.attention import Attention
@@ -10,6 +10,21 @@ from axrepro.nn.norm import LayerNorm, RMSNorm
 from axrepro.nn.rope import LinearScaling, Llama3Scaling, RoPE, YarnScaling
 
 __all__ = [
-    "Attention", "Block", "Embedding", "FeedForward", "LayerNorm", "LinearScaling", "Llama3Scaling", "Mask", "MoE",
-    "RMSNorm", "Repeat", "RoPE", "Sequence", "TopK", "YarnScaling", "dropout", "every",
+    "Attention",
+    "Block",
+    "Embedding",
+    "FeedForward",
+    "LayerNorm",
+    "LinearScaling",
+    "Llama3Scaling",
+    "Mask",
+    "MoE",
+    "RMSNorm",
+    "Repeat",
+    "RoPE",
+    "Sequence",
+    "TopK",
+    "YarnScaling",
+    "dropout",
+    "every",
 ]

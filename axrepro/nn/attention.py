@@ -7,9 +7,9 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from axrepro.core.context import Context
-from axrepro.core.errors import UserError
 from axrepro.core.interfaces import Layer
 from axrepro.core.param import linear, vector
+from axrepro.errors import UserError
 from axrepro.kernels.attention import Implementation, Mask, attention
 from axrepro.nn.remat import tag
 from axrepro.nn.rope import RoPE

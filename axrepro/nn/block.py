@@ -9,9 +9,9 @@ from jaxtyping import Array, Float
 
 from axrepro.core.config import swap
 from axrepro.core.context import Context
-from axrepro.core.errors import UserError
 from axrepro.core.interfaces import Layer
 from axrepro.core.param import stack
+from axrepro.errors import UserError
 from axrepro.nn.feed_forward import FeedForward
 from axrepro.nn.norm import RMSNorm
 from axrepro.nn.remat import rematerialised, tag
@@ -131,7 +131,9 @@ def every(tree, k: int, change: Callable[[Layer], Layer], kind: type[Layer] = Fe
     def interleave(repeat: Repeat) -> Repeat:
         groups, rest = divmod(repeat.times, k)
         if k < 1 or rest:
-            raise UserError(f"every {k}-th block of {repeat.times} cannot be changed: choose a divisor of {repeat.times}")
+            raise UserError(
+                f"every {k}-th block of {repeat.times} cannot be changed: choose a divisor of {repeat.times}"
+            )
         changed = swap(repeat.layer, kind, change)
         if k == 1:
             return Repeat(layer=changed, times=repeat.times, unroll=repeat.unroll)

@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from axrepro.core.aux import Loss, Metric
 from axrepro.core.context import Context
-from axrepro.core.errors import UserError
 from axrepro.core.interfaces import Layer
 from axrepro.core.param import linear, stack
+from axrepro.errors import UserError
 from axrepro.nn.remat import tag
 
 
@@ -63,8 +63,8 @@ class TopK(Router):
     """Each token chooses its k most probable experts.
 
     First choices of all tokens take slots before any second choice; within a rank, earlier tokens come first (GShard,
-    Algorithm 1, without its random second-expert policy). The gates are divided by their sum *before* tokens are dropped,
-    so the surviving choice of a token is not scaled up.
+    Algorithm 1, without its random second-expert policy). The gates are divided by their sum *before* tokens are
+    dropped, so the surviving choice of a token is not scaled up.
 
     Attributes:
       k: experts per token.
@@ -82,7 +82,9 @@ class TopK(Router):
 
     def specs(self, dim: int, num_experts: int) -> dict:
         if not 1 <= self.k <= num_experts:
-            raise UserError(f"top-k routing with k={self.k} needs at least as many experts, not num_experts={num_experts}")
+            raise UserError(
+                f"top-k routing with k={self.k} needs at least as many experts, not num_experts={num_experts}"
+            )
         # whole on every device: it is small, and its product must be exact in float32
         return {"weight": linear((dim, num_experts), (None, None), fan_in=dim, decay=False)}
 
@@ -146,8 +148,8 @@ class MoE(Layer):
         needs 2. Tokens beyond it pass through the residual alone.
       eval_capacity_factor: the same outside training; None: as in training.
       group_size: tokens per group, S; None: one row of the batch. A divisor of the row length, or a multiple of it.
-      dispatch: "einsum" multiplies by one-hot tensors (fast on matrix units), "gather" moves rows by index; "auto" takes
-        einsum on TPU and GPU and gather on CPU.
+      dispatch: "einsum" multiplies by one-hot tensors (fast on matrix units), "gather" moves rows by index; "auto"
+        takes einsum on TPU and GPU and gather on CPU.
     """
 
     expert: Layer
@@ -210,13 +212,15 @@ class MoE(Layer):
         return kinds[("gather" if ctx.platform == "cpu" else "einsum") if self.dispatch == "auto" else self.dispatch]
 
     def attention_flops(self, dim: int, length: int, full: bool) -> float:
-        return self.router.active_fraction(self.num_experts) * self.num_experts * self.expert.attention_flops(
-            dim, length, full
+        return (
+            self.router.active_fraction(self.num_experts)
+            * self.num_experts
+            * self.expert.attention_flops(dim, length, full)
         )
 
 
 class EinsumDispatcher:
-    """Products with one-hot tensors [N, S, E, C] (GShard, Algorithm 2). They cost 4 N S E C D FLOPs and N S E C numbers."""
+    """Products with one-hot tensors [N, S, E, C] (GShard, Algorithm 2): 4 N S E C D FLOPs and N S E C numbers."""
 
     def __init__(self, routing: Routing, num_experts: int, capacity: int):
         experts = jax.nn.one_hot(routing.expert, num_experts, dtype=jnp.float32) * routing.kept[..., None]

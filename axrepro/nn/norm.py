@@ -13,17 +13,12 @@ from axrepro.core.param import vector
 
 @dataclass(frozen=True, kw_only=True)
 class RMSNorm(Layer):
-    """x / sqrt(mean(x^2) + eps) * scale (arXiv:1910.07467, Eq. 4); the scale starts at 1.
-
-    Attributes:
-      axis: logical axis of the normalised dimension's scale; None keeps it whole on every device.
-    """
+    """x / sqrt(mean(x^2) + eps) * scale (arXiv:1910.07467, Eq. 4); the scale starts at 1."""
 
     eps: float = 1e-6
-    axis: str | None = None
 
     def specs(self, dim: int) -> dict:
-        return {"scale": vector((dim,), (self.axis,), 1.0)}
+        return {"scale": vector((dim,), (None,), 1.0)}
 
     def apply(self, params: dict, x: Float[Array, "*B D"], ctx: Context) -> tuple[Float[Array, "*B D"], dict]:
         y = x.astype(jnp.float32)

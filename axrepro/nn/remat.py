@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from axrepro.core.errors import UserError, nearest
+from axrepro.errors import UserError, nearest
 
 NAMES = ("block_input", "q", "k", "v", "attention", "attention_out", "ffn_up", "ffn_gate", "ffn_down", "moe_routing")
 

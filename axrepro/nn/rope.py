@@ -57,7 +57,8 @@ class YarnScaling(RopeScaling):
     """YaRN (arXiv:2309.00071, Sec. 3): interpolation by parts, with softer attention.
 
     Attributes:
-      beta_fast, beta_slow: rotations within `original_length` above which a dimension is kept, below which interpolated.
+      beta_fast, beta_slow: a dimension with more rotations than the first within `original_length` is kept, with fewer
+        than the second interpolated.
     """
 
     factor: float

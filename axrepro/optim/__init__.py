@@ -5,6 +5,17 @@ from axrepro.optim.schedule import Constant, Cosine, InverseSqrt, Linear, Schedu
 from axrepro.optim.state import state_partitions
 
 __all__ = [
-    "SGD", "Adafactor", "AdamW", "Constant", "Cosine", "InverseSqrt", "Linear", "Optimizer", "PerPath", "Schedule",
-    "WarmupStableDecay", "mup_simple", "state_partitions",
+    "SGD",
+    "Adafactor",
+    "AdamW",
+    "Constant",
+    "Cosine",
+    "InverseSqrt",
+    "Linear",
+    "Optimizer",
+    "PerPath",
+    "Schedule",
+    "WarmupStableDecay",
+    "mup_simple",
+    "state_partitions",
 ]

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from axrepro.core.errors import UserError
 from axrepro.core.tree import flatten, map_tree, matches, select
+from axrepro.errors import UserError
 from axrepro.optim.schedule import Schedule, is_number, require
 
 Decay = Literal["coupled", "decoupled"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import optax
 
-from axrepro.core.errors import UserError
+from axrepro.errors import UserError
 
 Span = int | float
 """Part of a run: below 1 a share of all its steps, from 1 on a whole number of steps."""

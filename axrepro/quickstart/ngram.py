@@ -69,11 +69,11 @@ def _ngrams(documents: Sequence[bytes], max_order: int) -> Iterator[np.ndarray]:
 def _interpolate(shorter: np.ndarray, counted: np.ndarray, coded: np.ndarray) -> np.ndarray:
     """p(c | h) for the keys (h, c) in `coded`, from all keys of the training text and `shorter`, p(c | h')."""
     keys, counts = np.unique(counted, return_counts=True)
-    before = np.concatenate([[0], np.cumsum(counts)])  # how many n-grams precede each key
+    below = np.concatenate([[0], np.cumsum(counts)])  # how many n-grams are below each key
     # all n-grams with the context h lie between h * 257 and (h + 1) * 257
     context = coded // _SYMBOLS * _SYMBOLS
     start, stop = np.searchsorted(keys, context), np.searchsorted(keys, context + _SYMBOLS)
     here, after = np.searchsorted(keys, coded), np.searchsorted(keys, coded, side="right")
-    distinct, total, count = stop - start, before[stop] - before[start], before[after] - before[here]
+    distinct, total, count = stop - start, below[stop] - below[start], below[after] - below[here]
     shorter = np.broadcast_to(shorter, coded.shape)
     return np.divide(count + distinct * shorter, total + distinct, out=shorter.copy(), where=total > 0)

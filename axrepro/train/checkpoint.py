@@ -8,7 +8,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from axrepro.core.errors import UserError
+from axrepro.errors import UserError
 from axrepro.train.state import TrainState
 
 
@@ -96,7 +96,7 @@ class Checkpoints:
         """A checkpoint, laid out as `abstract` says, whatever mesh it was saved on.
 
         Raises:
-          UserError: if there is none, it is damaged, or it is of another model or optimizer. Nothing is changed on disk.
+          UserError: if there is none, it is damaged, or it is of another model or optimizer. The disk stays as it is.
         """
         step = self.latest_step() if step is None else step
         self._check_exists(step)
@@ -171,5 +171,3 @@ def _leaves(tree) -> dict[str, Any]:
 
 def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-

@@ -48,7 +48,7 @@ def bytes_per_device(experiment: Experiment, num_devices: int) -> dict[str, int]
 def describe(name: str, experiment: Experiment, slice_name: str, num_devices: int, rule: MeshRule | None) -> str:
     """The config tree, and the figures that follow from it, as text."""
     data = {key: x.shape for key, x in experiment.data.abstract().items()}
-    experiment.method.check(data, experiment.data.vocab_size)
+    experiment.method.check(data, None)  # the size of the vocabulary may be in a file that is not here
     specs, flops = experiment.method.specs(), experiment.method.flops(data)
     sizes = experiment.mesh.sizes(num_devices)
     per_device = bytes_per_device(experiment, num_devices)
@@ -59,7 +59,7 @@ def describe(name: str, experiment: Experiment, slice_name: str, num_devices: in
         "",
         f"parameters      {count_params(specs):,} total, {count_params(specs, active=True):,} active per token",
         f"per step        {tokens:,} {'tokens' if 'tokens' in data else 'examples'}, "
-        f"{flops.causal / 1e12:,.4g} TFLOP (attention as masked), {flops.full / 1e12:,.4g} TFLOP (whole attention matrix)",
+        f"{flops.causal / 1e12:,.4g} TFLOP (attention as masked), {flops.full / 1e12:,.4g} (whole attention matrix)",
         f"hardware        {slice_name}: {num_devices} devices, "
         + (f"mesh rule {rule.match!r}" if rule else "no mesh rule for it, the experiment's own settings"),
         "mesh            " + ", ".join(f"{axis} {size}" for axis, size in sizes.items()),

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from axrepro.core.config import override
-from axrepro.core.errors import UserError
 from axrepro.core.interfaces import Method
 from axrepro.core.sharding import MeshShape, Rules
 from axrepro.data import Data
+from axrepro.errors import UserError
 from axrepro.optim import Optimizer
 
 
@@ -47,7 +47,9 @@ class Train:
     compilation_cache: str | None = None
 
     def __post_init__(self):
-        _at_least(1, **{f"train.{n}": getattr(self, n) for n in ("steps", "log_every", "grad_accumulation", "max_skips")})
+        _at_least(
+            1, **{f"train.{n}": getattr(self, n) for n in ("steps", "log_every", "grad_accumulation", "max_skips")}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

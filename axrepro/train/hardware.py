@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from axrepro.core.errors import UserError
+from axrepro.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def chip_name(device_kind: str) -> str:
 
 
 def slice_name(device_kind: str, num_devices: int) -> str:
-    """The public name of this many devices: "v5p-1024" is 512 chips, "h100-16" two hosts, "cpu-8" eight emulated ones."""
+    """The public name of this many devices: "v5p-1024" is 512 chips, "h100-16" two hosts, "cpu-8" is emulated."""
     chip = chip_name(device_kind)
     return f"{chip}-{num_devices * (CHIPS[chip].cores if chip in CHIPS else 1)}"
 
@@ -63,7 +63,9 @@ def slice_devices(name: str) -> int:
     cores = CHIPS[match[2]].cores if match[2] in CHIPS else 1
     count = int(match[3])
     if count < 1 or count % cores:
-        raise UserError(f"topology {name!r}: {match[2]} counts {cores} per chip, so COUNT must be a multiple of {cores}")
+        raise UserError(
+            f"topology {name!r}: {match[2]} counts {cores} per chip, so COUNT must be a multiple of {cores}"
+        )
     return int(match[1] or 1) * count // cores
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import jax
 
-from axrepro.core.errors import UserError
 from axrepro.core.interfaces import Method
 from axrepro.core.sharding import make_mesh
 from axrepro.data import Batches, prefetch
+from axrepro.errors import UserError
 from axrepro.train.checkpoint import Checkpoints
 from axrepro.train.evaluate import Evaluator
 from axrepro.train.experiment import Experiment
@@ -147,7 +147,9 @@ class Meter:
         shapes = {name: array.shape for name, array in data.items()}
         self.watch = Stopwatch(step)
         self._unit = "tokens" if "tokens" in shapes else "examples"
-        self._units = shapes["tokens"][0] * shapes["tokens"][1] if "tokens" in shapes else program.experiment.data.batch_size
+        self._units = (
+            shapes["tokens"][0] * shapes["tokens"][1] if "tokens" in shapes else program.experiment.data.batch_size
+        )
         self._flops = program.experiment.method.flops(shapes).causal / program.mesh.size
         self._peak = peak_flops(jax.devices())
         self._rates = program.experiment.optimizer.learning_rates(settings.steps)

@@ -43,7 +43,9 @@ class Monitor:
         bad = [name for name, finite in jax.device_get(report["finite"]).items() if not finite]
         text = f"step {step} is not finite: first {bad[0]!r}, {len(bad)} of {len(report['finite'])} tensors"
         if not self._skip:
-            raise NotFiniteError(f"{text}; no parameter was changed by it (train.not_finite=skip leaves such steps out)")
+            raise NotFiniteError(
+                f"{text}; no parameter was changed by it (train.not_finite=skip leaves such steps out)"
+            )
         if self._in_row > self._max_in_row:
             raise NotFiniteError(f"{text}; {self._in_row} in a row are more than train.max_skips={self._max_in_row}")
         if jax.process_index() == 0:

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from axrepro.core.config import differences, to_config_dict
-from axrepro.core.errors import UserError
+from axrepro.errors import UserError
 from axrepro.train.experiment import Experiment
 
 PACKAGES = ("axrepro", "jax", "jaxlib", "libtpu", "optax", "orbax-checkpoint", "ml-collections", "numpy")
@@ -49,7 +49,9 @@ def check_workdir(workdir: str, name: str) -> None:
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"cannot use the workdir {workdir}: {path.name if path.exists() else ''} {error}") from None
     if old is not None and old.get("experiment") != name:
-        raise UserError(f"{workdir} holds a run of {old.get('experiment')!r}, not of {name!r}; choose another --workdir")
+        raise UserError(
+            f"{workdir} holds a run of {old.get('experiment')!r}, not of {name!r}; choose another --workdir"
+        )
 
 
 def record_config(workdir: str, name: str, experiment: Experiment) -> None:

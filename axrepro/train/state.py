@@ -10,11 +10,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from axrepro.core.context import Context
-from axrepro.core.errors import UserError
 from axrepro.core.interfaces import Phase
 from axrepro.core.param import abstract_params, init_params
 from axrepro.core.sharding import named, param_partitions
 from axrepro.core.tree import flatten, matches, select
+from axrepro.errors import UserError
 from axrepro.optim import state_partitions
 from axrepro.train.experiment import Experiment
 
@@ -103,7 +103,9 @@ class Program:
         """Shapes and dtypes of the state, with their shardings; no array is made."""
         shapes = jax.eval_shape(self.init, 0)
         return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, self.shardings
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            self.shardings,
         )
 
     @cached_property

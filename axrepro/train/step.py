@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from axrepro.core.aux import Metric, Update, apply_updates, collect, losses_by_name, objective, ratio, summed
-from axrepro.core.tree import flatten, merge, select
+from axrepro.core.tree import fill, flatten, select
 from axrepro.train.state import Program, TrainState
 
 
@@ -29,13 +29,13 @@ def train_step(program: Program, state: TrainState, batch: dict) -> tuple[TrainS
         ctx = program.context(jax.random.fold_in(key, index), train=True, phase=phase.name)
 
         def loss(active, batch, ctx, rest=rest):
-            return method.loss(merge(active, rest), batch, ctx)
+            return method.loss(fill(program.specs, active, rest), batch, ctx)
 
         grads, aux = method.gradients(loss, active, batch, ctx, settings.grad_accumulation)
         optimizer = program.optimizers[phase.name]
         delta, opt_state[phase.name] = optimizer.update(grads, opt_state[phase.name], active)
         updates = collect(aux, Update)
-        params = merge(optax.apply_updates(active, delta), rest)
+        params = fill(program.specs, optax.apply_updates(active, delta), rest)
         params = apply_updates(params, updates, program.specs)
 
         name = "" if len(program.phases) == 1 else f"{phase.name}/"

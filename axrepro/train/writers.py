@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from axrepro.core.errors import UserError
+from axrepro.errors import UserError
 
 
 class MetricsFile:
@@ -51,7 +51,9 @@ def read_metrics(path: Path) -> list[dict]:
             out.append(json.loads(line))
         except json.JSONDecodeError:
             if number < len(lines) - 1:
-                raise UserError(f"{path}:{number + 1} is no JSON; move the file away to go on without its history") from None
+                raise UserError(
+                    f"{path}:{number + 1} is no JSON; move the file away to go on without its history"
+                ) from None
     return out
 
 

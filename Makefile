@@ -1,0 +1,41 @@
+# make train: everything from nothing to a trained small MoE.   make test: everything from nothing to a passed suite.
+# Both build .venv from pinned versions first; only Python 3.11 or newer and make have to be there.
+
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-slow lint clean
+
+help:  ## what there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+.venv/core.stamp: requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "axrepro needs Python 3.11 or newer; set PYTHON=/path/to/python"; exit 1; }
+	@echo "installing axrepro into .venv (about a minute)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) --requirement requirements.lock
+	@$(PIP) --no-deps --editable .
+	@touch $@
+
+.venv/dev.stamp: .venv/core.stamp requirements-dev.lock
+	@echo "installing what the tests need"
+	@$(PIP) --requirement requirements-dev.lock
+	@touch $@
+
+train: .venv/core.stamp  ## train moe_tiny on the standard library's text, and compare it with n-gram models
+	@$(BIN)/python -m axrepro.quickstart
+
+test: .venv/dev.stamp  ## the default test suite
+	@$(BIN)/python -m pytest -n 2
+
+test-slow: .venv/dev.stamp  ## the long tests
+	@$(BIN)/python -m pytest -n 2 -m slow
+
+lint: .venv/dev.stamp  ## style and common mistakes
+	@$(BIN)/ruff check .
+
+clean:  ## remove the environment; runs stay
+	@rm -rf .venv
