@@ -128,7 +128,7 @@ def dense_tiny() -> Experiment:
     return Experiment(
         method=LanguageModel(model=model, chunk=None),
         data=Text(source=PythonStdlib(holdout=50), vocabulary=Bytes(), batch_size=16, sequence_length=256),
-        optimizer=AdamW(learning_rate=Cosine(peak=3e-3, warmup=50, floor=0.05)),
+        optimizer=AdamW(learning_rate=Cosine(peak=3e-3, warmup=0.05, floor=0.05)),
         train=Train(steps=1200, dtype="float32"),
         checkpoint=Checkpointing(every=200),
         eval=Evaluation(every=200, batches=8),

@@ -1,5 +1,7 @@
 """Every test runs on eight emulated CPU devices."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ from axrepro.core.tree import flatten
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-# tiny programs run once, so their time is LLVM's; XLA's own passes still run
+# tiny programs run once, so their time is that of code generation; XLA's passes over the whole program still run
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 
 @pytest.fixture

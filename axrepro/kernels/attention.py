@@ -96,7 +96,7 @@ def attention(
         "segments": segment_ids is not None,
         "cross-attention": q.shape[1] != k.shape[1],
     }
-    chosen = _choose(implementation, platform, q, {name for name, used in wanted.items() if used})
+    chosen = _choose(implementation, platform, q, k, {name for name, used in wanted.items() if used})
     call = functools.partial(
         _IMPLEMENTATIONS[chosen],
         mask=mask,
@@ -118,24 +118,24 @@ _LACKS = {
 }
 
 
-def _obstacle(name: str, q: jax.Array, wanted: set[str]) -> str | None:
+def _obstacle(name: str, q: jax.Array, k: jax.Array, wanted: set[str]) -> str | None:
     """Why an implementation cannot serve this call, or None."""
     if lacking := sorted(_LACKS[name] & wanted):
         return f"it has no {' and no '.join(lacking)}"
-    if name == "splash" and (q.shape[1] % 128 or q.shape[3] % 64):
-        return f"it needs lengths in multiples of 128 and head dims of 64, not T={q.shape[1]}, head_dim={q.shape[3]}"
+    if name == "splash" and (q.shape[1] % 128 or k.shape[1] % 128 or q.shape[3] % 64):
+        return f"it needs lengths in multiples of 128 and head dims of 64, not T={q.shape[1]}, S={k.shape[1]}, head_dim={q.shape[3]}"
     if name == "cudnn" and (q.dtype.itemsize != 2 or q.shape[3] % 8 or q.shape[3] > 128):
         return f"it needs 16-bit inputs and a head dim of 8 to 128, not {q.dtype}, head_dim={q.shape[3]}"
     return None
 
 
-def _choose(implementation: str, platform: str, q: jax.Array, wanted: set[str]) -> str:
+def _choose(implementation: str, platform: str, q: jax.Array, k: jax.Array, wanted: set[str]) -> str:
     if implementation not in get_args(Implementation):
         raise UserError(f"unknown attention {implementation!r}; {nearest(implementation, get_args(Implementation))}")
     if implementation == "auto":
         best = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
-        return best if _obstacle(best, q, wanted) is None else "xla"
-    if obstacle := _obstacle(implementation, q, wanted):
+        return best if _obstacle(best, q, k, wanted) is None else "xla"
+    if obstacle := _obstacle(implementation, q, k, wanted):
         raise UserError(f"attention implementation={implementation!r} cannot serve this layer: {obstacle}; use 'auto'")
     return implementation
 
@@ -227,7 +227,7 @@ def _tokamax(q, k, v, *, mask, segment_ids, key_segment_ids, prefix, logit_cap):
         v,
         mask=_dense_mask(mask, q, k, segment_ids, key_segment_ids, prefix),
         is_causal=mask.causal and prefix is None,
-        local_window_size=None if mask.window is None else (mask.window - 1, 0),
+        local_window_size=None if mask.window is None or prefix is not None else (mask.window - 1, 0),
         logits_soft_cap=logit_cap,
     )
 

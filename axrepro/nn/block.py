@@ -129,8 +129,7 @@ def every(tree, k: int, change: Callable[[Layer], Layer], kind: type[Layer] = Fe
     """
 
     def interleave(repeat: Repeat) -> Repeat:
-        groups, rest = divmod(repeat.times, k)
-        if k < 1 or rest:
+        if k < 1 or repeat.times % k:
             raise UserError(
                 f"every {k}-th block of {repeat.times} cannot be changed: choose a divisor of {repeat.times}"
             )
@@ -138,6 +137,6 @@ def every(tree, k: int, change: Callable[[Layer], Layer], kind: type[Layer] = Fe
         if k == 1:
             return Repeat(layer=changed, times=repeat.times, unroll=repeat.unroll)
         layers = (repeat.layer,) * (k - 1) + (changed,)
-        return Repeat(layer=Sequence(layers), times=groups, unroll=max(1, repeat.unroll // k))
+        return Repeat(layer=Sequence(layers), times=repeat.times // k, unroll=max(1, repeat.unroll // k))
 
     return swap(tree, Repeat, interleave)

@@ -32,5 +32,6 @@ class Embedding(Layer):
         return {"table": Param(shape=shape, axes=axes, init=init, decay=False, matmul=self.tied)}
 
     def apply(self, params: dict, tokens: Int[Array, "B T"], ctx: Context) -> tuple[Float[Array, "B T D"], dict]:
-        x = jnp.take(ctx.cast(params["table"]), tokens, axis=0) * jnp.asarray(self.scale, ctx.dtype)
+        table = ctx.shard(ctx.cast(params["table"]), "vocab", None)
+        x = jnp.take(table, tokens, axis=0) * jnp.asarray(self.scale, ctx.dtype)
         return ctx.shard(x, "batch", "seq", "embed_act"), {}

@@ -95,7 +95,7 @@ class TopK(Router):
         logits = jnp.einsum("nsd,de->nse", x.astype(jnp.float32), params["weight"].astype(jnp.float32))
         probs = jax.nn.softmax(logits, axis=-1)
         num_experts = probs.shape[-1]
-        gate, expert = jax.lax.top_k(probs, self.k)
+        gate, expert = _top_k(probs, self.k)
         if self.renormalise:
             gate = gate / (gate.sum(-1, keepdims=True) + 1e-9)
         chosen = jax.nn.one_hot(expert, num_experts, dtype=jnp.int32) * valid[:, :, None, None]
@@ -123,6 +123,18 @@ class TopK(Router):
             "load_min": Metric.mean(num_experts * all_load.min()),
             "router_entropy": Metric.mean(entropy, valid),
         }
+
+
+def _top_k(probs, k: int):
+    # not jax.lax.top_k: XLA gathers its operand from all devices, also when only other dimensions are split
+    left, gates, experts = probs, [], []
+    for _ in range(k):
+        expert = jnp.argmax(left, axis=-1)
+        chosen = jax.nn.one_hot(expert, probs.shape[-1], dtype=bool)
+        gates.append(jnp.where(chosen, probs, 0).sum(-1))
+        experts.append(expert)
+        left = jnp.where(chosen, -1.0, left)
+    return jnp.stack(gates, -1), jnp.stack(experts, -1)
 
 
 def _slots(chosen: Int[Array, "N S k E"]) -> Int[Array, "N S k"]:

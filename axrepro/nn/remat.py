@@ -69,7 +69,9 @@ def rematerialised(fn: Callable, policy: str, in_scan: bool = True) -> Callable:
             offload_dst="pinned_host",
         )
     elif chosen.all_products:
-        keep = rules.dots_with_no_batch_dims_saveable
+        # the products of experts have a batch dimension: they are kept by name
+        names = rules.save_only_these_names("ffn_up", "ffn_gate", "ffn_down")
+        keep = rules.save_from_both_policies(rules.dots_with_no_batch_dims_saveable, names)
     else:
         keep = rules.save_only_these_names(*chosen.save)
     return jax.checkpoint(fn, policy=keep, prevent_cse=not in_scan)

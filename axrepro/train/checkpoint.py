@@ -139,6 +139,8 @@ class Checkpoints:
         except Exception as error:
             raise self._damaged(step, error) from error
         wanted = {path: tuple(leaf.shape) for path, leaf in _leaves(item).items()}
+        if wanted and not found:
+            raise self._damaged(step, ValueError(f"its {name} cannot be listed"))
         where = f"checkpoint {self.folder / str(step)} is of another experiment"
         remedy = "use a new --workdir, or the settings it was made with (config.json beside it)"
         if missing := sorted(wanted.keys() - found.keys()):

@@ -57,7 +57,7 @@ def test_losses_of_one_name_are_one_term_wherever_they_lie():
     assert set(terms) == {"lm", "balance"}
     assert (terms["balance"].total, terms["balance"].count) == (10.0, 5.0)
     assert objective(aux) == 8 / 4 + 10 / 5
-    assert objective(aux, {"lm": 16.0, "balance": 10.0}) == 8 / 16 + 10 / 10
+    assert objective(aux, {"lm": jnp.float32(16), "balance": jnp.float32(10)}) == 8 / 16 + 10 / 10
     assert (summed(stacked).total, summed(stacked).count) == (6.0, 4.0)
 
 

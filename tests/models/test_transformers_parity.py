@@ -42,9 +42,7 @@ class Case:
 
     def reference(self):
         """The torch model, every weight random, norms included."""
-        config_class, model_class = (
-            (Qwen3Config, Qwen3ForCausalLM) if self.qk_norm else (LlamaConfig, LlamaForCausalLM)
-        )
+        config_class, model_class = (Qwen3Config, Qwen3ForCausalLM) if self.qk_norm else (LlamaConfig, LlamaForCausalLM)
         config = config_class(
             vocab_size=self.vocab_size,
             hidden_size=self.dim,

@@ -25,6 +25,14 @@ def random_inputs(batch, queries, keys, heads, kv_heads, head_dim, seed=0):
     return [rng.normal(size=shape) for shape in [*shapes, shapes[0]]]
 
 
+def value_and_gradients(inputs, **kwargs):
+    def run(q, k, v, probe):
+        y, back = jax.vjp(lambda q, k, v: attention(q, k, v, **kwargs), q, k, v)
+        return y, *back(probe)
+
+    return jax.jit(run)(*(jnp.asarray(x, jnp.float32) for x in inputs))
+
+
 def may_see(b, t, s, mask, segments, key_segments, prefix) -> bool:
     """The visibility rule for one pair."""
     if segments is not None:
@@ -77,8 +85,14 @@ LOOPED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LOOPED)
-@pytest.mark.parametrize("implementation", ["xla", pytest.param("tokamax", marks=needs_tokamax)])
+WITH_TOKAMAX = ["window", "segments_and_window", "prefix_and_segments", "prefix_and_window", "logit_cap", "multi_query"]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "name"),
+    [("xla", name) for name in LOOPED]
+    + [pytest.param("tokamax", name, marks=needs_tokamax) for name in [*WITH_TOKAMAX, "cross_with_padded_memory"]],
+)
 def test_implementations_for_any_platform_equal_a_loop(implementation, name, assert_close):
     case = dict(DEFAULT, **LOOPED[name])
     if implementation == "tokamax":
@@ -90,10 +104,8 @@ def test_implementations_for_any_platform_equal_a_loop(implementation, name, ass
     (expected * torch.tensor(inputs[3])).sum().backward()
 
     segments, key_segments, prefix = (None if x is None else jnp.asarray(x) for x in parts)
-    call = lambda q, k, v: attention(
-        q,
-        k,
-        v,
+    actual, *gradients = value_and_gradients(
+        inputs,
         mask=case["mask"],
         segment_ids=segments,
         key_segment_ids=key_segments,
@@ -101,9 +113,6 @@ def test_implementations_for_any_platform_equal_a_loop(implementation, name, ass
         logit_cap=case["cap"],
         implementation=implementation,
     )
-    inputs = [jnp.asarray(x, jnp.float32) for x in inputs]
-    actual, back = jax.vjp(call, *inputs[:3])
-    gradients = back(inputs[3])
     # float32 against float64 over at most nine keys of width four
     assert_close(actual, expected.detach().numpy(), 2e-6)
     for ours, reference in zip(gradients, theirs, strict=True):
@@ -118,13 +127,10 @@ def test_visible_equals_its_rule_for_every_pair():
 
 
 def test_a_query_without_keys_gives_finite_values_and_gradients():
-    q, k, v, probe = (jnp.asarray(x, jnp.float32) for x in random_inputs(1, 4, 4, 1, 1, 4))
     segments, key_segments = jnp.array([[1, 1, 1, 7]]), jnp.ones((1, 4), jnp.int32)
-    call = lambda q, k, v: attention(
-        q, k, v, mask=Mask(causal=False), segment_ids=segments, key_segment_ids=key_segments
-    )
-    y, back = jax.vjp(call, q, k, v)
-    assert all(np.isfinite(x).all() for x in (y, *back(probe)))
+    inputs = random_inputs(1, 4, 4, 1, 1, 4)
+    results = value_and_gradients(inputs, mask=Mask(causal=False), segment_ids=segments, key_segment_ids=key_segments)
+    assert all(np.isfinite(x).all() for x in results)
 
 
 SPLASH = {
@@ -142,14 +148,6 @@ def packed_segments():
     segments[0, :70], segments[0, 70:128], segments[0, 128:230] = 1, 2, 3
     segments[1, :201] = 1
     return jnp.asarray(segments)
-
-
-def value_and_gradients(inputs, **kwargs):
-    def run(q, k, v, probe):
-        y, back = jax.vjp(lambda q, k, v: attention(q, k, v, **kwargs), q, k, v)
-        return y, *back(probe)
-
-    return jax.jit(run)(*(jnp.asarray(x, jnp.float32) for x in inputs))
 
 
 @pytest.mark.parametrize("name", SPLASH)

@@ -1,5 +1,7 @@
 """The attention layer around the kernels."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,11 @@ def random_params(layer, dim, seed=0):
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     return structure.unflatten([p + 0.3 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)])
+
+
+@partial(jax.jit, static_argnums=0)
+def applied(layer, params, x, ctx=Context()):
+    return layer.apply(params, x, ctx)
 
 
 def torch_attention(params, queries, source, mask) -> torch.Tensor:
@@ -37,20 +44,20 @@ def test_self_attention_with_biases_equals_torch(assert_close):
     params = random_params(layer, 16)
     x = jax.random.normal(jax.random.key(2), (2, 7, 16))
     blocked = torch.ones(7, 7, dtype=bool).triu(1)
-    assert_close(layer.apply(params, x, Context())[0], torch_attention(params, x, x, blocked), 2e-6)
+    assert_close(applied(layer, params, x)[0], torch_attention(params, x, x, blocked), 2e-6)
 
 
 def test_cross_attention_reads_the_memory_and_skips_its_padding(assert_close):
     layer = Attention(num_heads=2, rope=None, mask=Mask(causal=False), cross=True, qkv_bias=True, out_bias=True)
     params = random_params(layer, 8)
     x, memory = jax.random.normal(jax.random.key(2), (1, 5, 8)), jax.random.normal(jax.random.key(3), (1, 6, 8))
-    whole, _ = layer.apply(params, x, Context(memory=memory))
+    whole, _ = applied(layer, params, x, Context(memory=memory))
     assert_close(whole, torch_attention(params, x, memory, None), 2e-6)
     memory_segment_ids = jnp.array([[1, 1, 2, 2, 0, 0]])
     padded = Context(memory=memory, memory_segment_ids=memory_segment_ids, segment_ids=jnp.ones((1, 5), int))
-    assert_close(layer.apply(params, x, padded)[0], torch_attention(params, x, memory[:, :4], None), 2e-6)
+    assert_close(applied(layer, params, x, padded)[0], torch_attention(params, x, memory[:, :4], None), 2e-6)
     with pytest.raises(ValueError, match=r"reads ctx\.memory"):
-        layer.apply(params, x, Context())
+        applied(layer, params, x)
 
 
 def test_query_and_key_norms_make_the_scale_of_the_input_irrelevant(assert_close):
@@ -58,8 +65,8 @@ def test_query_and_key_norms_make_the_scale_of_the_input_irrelevant(assert_close
     layer = Attention(num_heads=2, qk_norm=RMSNorm(eps=0.0))
     params = random_params(layer, 8)
     x = jax.random.normal(jax.random.key(2), (1, 5, 8))
-    y, aux = layer.apply(params, x, Context())
-    assert_close(layer.apply(params, 100 * x, Context())[0], 100 * y, 2e-6)
+    y, aux = applied(layer, params, x)
+    assert_close(applied(layer, params, 100 * x)[0], 100 * y, 2e-6)
     assert set(aux) == {"q_norm", "k_norm"}
 
 
@@ -67,10 +74,10 @@ def test_a_shift_of_all_positions_changes_nothing(assert_close):
     layer = Attention(num_heads=2, num_kv_heads=1)
     params = random_params(layer, 16)
     x = jax.random.normal(jax.random.key(2), (1, 9, 16))
-    y, _ = layer.apply(params, x, Context())
-    shifted, _ = layer.apply(params, x, Context(positions=jnp.arange(9)[None] + 50))
+    y, _ = applied(layer, params, x)
+    shifted, _ = applied(layer, params, x, Context(positions=jnp.arange(9)[None] + 50))
     assert_close(shifted, y, 1e-5)  # angles of 60 rad carry a float32 error of 4e-6
-    stretched, _ = layer.apply(params, x, Context(positions=2 * jnp.arange(9)[None]))
+    stretched, _ = applied(layer, params, x, Context(positions=2 * jnp.arange(9)[None]))
     assert np.abs(stretched - y).max() > 1e-2
 
 

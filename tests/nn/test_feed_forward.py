@@ -21,8 +21,7 @@ TORCH = {
 }
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("gated", [False, True], ids=["ungated", "gated"])
+@pytest.mark.parametrize(("gated", "bias"), [(True, False), (False, True)], ids=["gated", "ungated_with_biases"])
 @pytest.mark.parametrize("act", TORCH)
 def test_every_variant_equals_torch(act, gated, bias, assert_close):
     layer = FeedForward(hidden=40, act=act, gated=gated, bias=bias)

@@ -1,0 +1,127 @@
+"""Wrong input is one clear line, exit code 2, and nothing is changed on disk."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from runs import SMALL, launch
+
+from axrepro import launch as launcher
+
+FAULTS = {
+    "unknown experiment": (("--experiment=moe_tinny",), "moe_tinny", "moe_tiny"),
+    "unknown file": (("--experiment=moe_dens:tiny",), "moe_dens:tiny", "moe_dense:tiny"),
+    "no experiment": ((), "--experiment=NAME is missing"),
+    "unknown flag": (("--experiment=moe_tiny", "--workdri=x"), "workdri", "workdir"),
+    "positional": (("--experiment=moe_tiny", "train.steps=1"), "train.steps=1"),
+    "override without value": (("--experiment=moe_tiny", "--train.steps"), "needs a value"),
+    "unknown mode": (("--experiment=moe_tiny", "--mode=trian"), "trian", "train"),
+    "unknown field": (("--experiment=moe_tiny", "--train.stepz=3"), "stepz", "steps"),
+    "unknown deep field": (("--experiment=moe_tiny", "--method.model.lyers.times=3"), "lyers", "layers"),
+    "wrong type": (("--experiment=moe_tiny", "--train.steps=many"), "train.steps='many'", "int"),
+    "not one of": (("--experiment=moe_tiny", "--train.dtype=float8"), "float8", "bfloat16"),
+    "a group": (("--experiment=moe_tiny", "--train=3.0", "--train.x=1"), "--train=3.0"),
+    "group as value": (("--experiment=moe_tiny", "--method.model=3"), "method.model", "CausalLM"),
+    "below range": (("--experiment=moe_tiny", "--train.steps=0"), "train.steps=0", "at least 1"),
+    "no devices": (("--experiment=moe_tiny", "--devices=0"), "--devices=0", "at least 1"),
+    "mesh too large": (("--experiment=moe_tiny", "--mode=describe", "--mesh.fsdp=3", "--mesh.data=1"), "3 devices"),
+    "two rests": (("--experiment=moe_tiny", "--mode=describe", "--mesh.fsdp=-1"), "only one axis can be -1"),
+    "zero axis": (("--experiment=moe_tiny", "--mode=describe", "--mesh.fsdp=0"), "mesh.fsdp=0"),
+    "unknown topology": (("--experiment=moe_29b", "--mode=describe", "--topology=v9-8"), "v9-8", "v5p"),
+    "odd topology": (("--experiment=moe_29b", "--mode=describe", "--topology=v5p-9"), "v5p-9", "multiple of 2"),
+    "batch over mesh": (
+        ("--experiment=moe_tiny", "--mode=describe", "--topology=cpu-8", "--data.batch_size=12"),
+        "12",
+        "batch",
+    ),
+    "experts over mesh": (
+        ("--experiment=moe_29b", "--mode=describe", "--topology=v5p-1024", "--mesh.fsdp=4", "--mesh.expert=128"),
+        "expert",
+        "64",
+    ),
+    "accumulation": (("--experiment=moe_tiny", "--train.grad_accumulation=3"), "train.grad_accumulation=3"),
+    "heads": (("--experiment=moe_tiny", "--method.model.dim=130", "--mode=describe"), "130", "num_heads"),
+    "top-k": (("--experiment=moe_tiny", "--mode=describe", "--method.model.layers.layer.layers.1.ffn.router.k=9"), "k=9"),
+    "remat": (("--experiment=moe_tiny", "--train.remat=ful", "--workdir={tmp}/x"), "ful", "full"),
+    "vocabulary": (("--experiment=moe_tiny", "--method.model.vocab_size=200", "--workdir={tmp}/x"), "259", "vocab_size"),
+    "missing data": (("--experiment=dense_6b", "--workdir={tmp}/x"), "data/vocabulary.model"),
+    "no workdir": (("--experiment=moe_tiny", "--workdir=/proc/nothing/x"), "/proc/nothing/x"),
+    "evaluate nothing": ((*SMALL, "--mode=eval", "--workdir={tmp}/x"), "no checkpoint"),
+    "process flags": (("--experiment=moe_tiny", "--coordinator=localhost:1"), "--num_processes"),
+    "process id": (
+        ("--experiment=moe_tiny", "--coordinator=localhost:1", "--num_processes=2", "--process_id=2"),
+        "--process_id=2",
+    ),
+    "topology while training": (("--experiment=moe_tiny", "--topology=v5p-8"), "--mode=describe"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_wrong_argument_is_one_line_that_names_it(name, tmp_path, capsys, monkeypatch):
+    arguments, *words = FAULTS[name]
+    monkeypatch.setattr(launcher, "set_up_platform", lambda args: None)  # the test's own devices are set up already
+    if name in ("mesh too large", "two rests", "zero axis", "heads", "top-k"):
+        arguments = (*arguments, "--topology=cpu-1")
+    code = launcher.main([a.format(tmp=tmp_path) for a in arguments])
+    message = capsys.readouterr().err
+    assert code == 2
+    assert message.startswith("axrepro: error: ")
+    assert message.count("\n") == 1
+    assert all(word in message for word in words), message
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished small run."""
+    workdir = tmp_path_factory.mktemp("trained")
+    done = launch(workdir, "--train.steps=3", "--checkpoint.every=2")
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def _damage_data(run):
+    part = max((run / "checkpoints" / "3" / "params").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+
+
+def _lose_item(run):
+    shutil.rmtree(run / "checkpoints" / "3" / "opt_state")
+
+
+def _foreign(run):
+    (run / "config.json").write_text('{"experiment": "another"}')
+
+
+def _no_json(run):
+    (run / "config.json").write_text("{")
+
+
+DAMAGE = {
+    "truncated": (_damage_data, (), ("checkpoints/3", "move that folder away", "step 2")),
+    "item lost": (_lose_item, (), ("checkpoints/3", "step 2")),
+    "another run": (_foreign, (), ("another", "--workdir")),
+    "config no json": (_no_json, (), ("config.json",)),
+    "another width": (lambda run: None, ("--method.model.dim=64",), ("checkpoints/3", "shape", "--workdir")),
+    "another depth": (lambda run: None, ("--method.model.tied=false",), ("checkpoints/3", "head", "--workdir")),
+    "fewer steps": (lambda run: None, ("--train.steps=1",), ("step 3", "train.steps=1")),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_checkpoint_that_does_not_fit_stops_the_run_and_stays(name, trained, tmp_path, capsys, monkeypatch):
+    damage, overrides, words = DAMAGE[name]
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    damage(run)
+    before = _files(run)
+    monkeypatch.setattr(launcher, "set_up_platform", lambda args: None)
+    code = launcher.main([*SMALL, f"--workdir={run}", "--train.steps=6", *overrides])
+    message = capsys.readouterr().err
+    assert code == 2, message
+    assert message.count("\n") == 1
+    assert all(word in message for word in words), message
+    assert _files(run) == before
