@@ -54,7 +54,9 @@ class Checkpoints:
             enable_async_checkpointing=not read_only,
         )
         try:
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "opt_state", "train")}
+            handlers["data"] = ocp.JsonCheckpointHandler()
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot use the checkpoint folder {self.folder}: {error}") from None
 
