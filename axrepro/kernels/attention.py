@@ -121,9 +121,10 @@ _LACKS = {
 def _obstacle(name: str, q: jax.Array, k: jax.Array, wanted: set[str]) -> str | None:
     """Why an implementation cannot serve this call, or None."""
     if lacking := sorted(_LACKS[name] & wanted):
-        return f"it has no {' and no '.join(lacking)}"
+        return f"it does not support {' and '.join(lacking)}"
     if name == "splash" and (q.shape[1] % 128 or k.shape[1] % 128 or q.shape[3] % 64):
-        return f"it needs lengths in multiples of 128 and head dims of 64, not T={q.shape[1]}, S={k.shape[1]}, head_dim={q.shape[3]}"
+        sizes = f"T={q.shape[1]}, S={k.shape[1]}, head_dim={q.shape[3]}"
+        return f"it needs lengths in multiples of 128 and head dims of 64, not {sizes}"
     if name == "cudnn" and (q.dtype.itemsize != 2 or q.shape[3] % 8 or q.shape[3] > 128):
         return f"it needs 16-bit inputs and a head dim of 8 to 128, not {q.dtype}, head_dim={q.shape[3]}"
     return None

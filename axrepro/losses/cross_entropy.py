@@ -33,7 +33,7 @@ def chunked_cross_entropy(
       head: logits of hidden states; its parameters may be closed over.
       chunk: positions at once, rounded down to a divisor of T; None: all, and nothing is computed twice.
     Returns:
-      float32[B, T] each: "nll" in nats, "log_z" the log-partition, "correct" 1.0 where the likeliest token is the target.
+      float32[B, T] each: "nll" in nats, "log_z" the log-partition, "correct" 1.0 where the target is the likeliest.
     """
 
     def one(hidden, targets):

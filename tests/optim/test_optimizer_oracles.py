@@ -80,8 +80,14 @@ def adamw_by_hand(rate, peak, b1, b2, eps, wd, decoupled, clip, scale):
 @pytest.mark.parametrize(("clip", "scale"), [(None, ()), (1.0, (("ffn/*", 0.25), ("**/table", 2.0)))])
 def test_adamw_follows_its_equations(decay, clip, scale):
     config = AdamW(
-        learning_rate=Linear(peak=0.05, warmup=4, floor=0.2), b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.3, decay=decay,
-        clip=clip, update_scale=scale,
+        learning_rate=Linear(peak=0.05, warmup=4, floor=0.2),
+        b1=0.8,
+        b2=0.95,
+        eps=1e-3,
+        weight_decay=0.3,
+        decay=decay,
+        clip=clip,
+        update_scale=scale,
     )
     rate = lambda t: 0.05 * t / 4 if t < 4 else 0.05 * (1 - 0.8 * (t - 4) / (STEPS - 4))
     factors = {"ffn/up": 0.25, "ffn/bias": 0.25, "embed/table": 2.0} if scale else {}

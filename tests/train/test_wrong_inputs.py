@@ -8,6 +8,7 @@ from runs import SMALL, launch
 
 from axrepro import launch as launcher
 
+FIRST_MOE = "--method.model.layers.layer.layers.1.ffn"
 FAULTS = {
     "unknown experiment": (("--experiment=moe_tinny",), "moe_tinny", "moe_tiny"),
     "unknown file": (("--experiment=moe_dens:tiny",), "moe_dens:tiny", "moe_dense:tiny"),
@@ -41,9 +42,9 @@ FAULTS = {
     ),
     "accumulation": (("--experiment=moe_tiny", "--train.grad_accumulation=3"), "train.grad_accumulation=3"),
     "heads": (("--experiment=moe_tiny", "--method.model.dim=130", "--mode=describe"), "130", "num_heads"),
-    "top-k": (("--experiment=moe_tiny", "--mode=describe", "--method.model.layers.layer.layers.1.ffn.router.k=9"), "k=9"),
+    "top-k": (("--experiment=moe_tiny", "--mode=describe", f"{FIRST_MOE}.router.k=9"), "k=9"),
     "remat": (("--experiment=moe_tiny", "--train.remat=ful", "--workdir={tmp}/x"), "ful", "full"),
-    "vocabulary": (("--experiment=moe_tiny", "--method.model.vocab_size=200", "--workdir={tmp}/x"), "259", "vocab_size"),
+    "vocabulary": (("--experiment=moe_tiny", "--method.model.vocab_size=200", "--workdir={tmp}/x"), "vocab_size"),
     "missing data": (("--experiment=dense_6b", "--workdir={tmp}/x"), "data/vocabulary.model"),
     "no workdir": (("--experiment=moe_tiny", "--workdir=/proc/nothing/x"), "/proc/nothing/x"),
     "evaluate nothing": ((*SMALL, "--mode=eval", "--workdir={tmp}/x"), "no checkpoint"),
