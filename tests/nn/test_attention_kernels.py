@@ -199,10 +199,10 @@ def shaped(length=128, head_dim=64, dtype=jnp.float32):
 @pytest.mark.parametrize(
     ("implementation", "inputs", "options", "message"),
     [
-        ("splash", shaped(), {"prefix": jnp.zeros((1, 128), bool)}, "it has no a prefix"),
+        ("splash", shaped(), {"prefix": jnp.zeros((1, 128), bool)}, "does not support a prefix"),
         ("splash", shaped(length=100), {}, "multiples of 128 .* T=100"),
         ("splash", shaped(head_dim=32), {}, "head_dim=32"),
-        ("cudnn", shaped(dtype=jnp.bfloat16), {"logit_cap": 30.0}, "it has no a logit cap"),
+        ("cudnn", shaped(dtype=jnp.bfloat16), {"logit_cap": 30.0}, "does not support a logit cap"),
         ("cudnn", shaped(), {}, "16-bit inputs .* not float32"),
         ("cudnn", shaped(head_dim=256, dtype=jnp.bfloat16), {}, "head_dim=256"),
         ("splosh", shaped(), {}, "did you mean 'splash'"),
