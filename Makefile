@@ -29,10 +29,10 @@ train: .venv/core.stamp  ## train moe_tiny on the standard library's text, and c
 	@$(BIN)/python -m axrepro.quickstart
 
 test: .venv/dev.stamp  ## the default test suite
-	@$(BIN)/python -m pytest -n 2
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/dev.stamp  ## the long tests
-	@$(BIN)/python -m pytest -n 2 -m slow
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: .venv/dev.stamp  ## style and common mistakes
 	@$(BIN)/ruff check .
