@@ -79,7 +79,11 @@ def test_no_match_names_the_pattern(tmp_path):
         contents(TextFiles(str(path), eval_pattern=str(path)), "train")
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b"text" * 99)[:-9], gzip.compress(b"a")[:12] * 2])
+@pytest.mark.parametrize(
+    "content",
+    [b"not gzip", gzip.compress(b"text" * 99)[:-9], gzip.compress(b"a")[:12] * 2],
+    ids=["not gzip", "cut short", "broken"],  # gzip writes the time, so the bytes themselves are no steady names
+)
 def test_a_broken_gz_file_is_named(tmp_path, content):
     (tmp_path / "broken.txt.gz").write_bytes(content)
     with pytest.raises(UserError, match=r"cannot read .*broken\.txt\.gz"):
