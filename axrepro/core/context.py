@@ -26,6 +26,7 @@ class Context:
       train: whether this is a training step (dropout, capacity).
       phase: the name of the update phase, where a method has several.
       dtype: compute type.   remat: name of the rematerialisation policy, see `axrepro.nn.remat`.
+      in_scan: whether this is the body of a loop, out of which XLA cannot merge equal computations.
       platform: "cpu", "gpu" or "tpu", the platform compiled *for*: kernels are chosen by it.
       rules, mesh: the sharding table and the mesh; without a mesh nothing is constrained.
     """
@@ -40,6 +41,7 @@ class Context:
     phase: str = field(default="train", metadata=_static)
     dtype: str = field(default="float32", metadata=_static)
     remat: str = field(default="none", metadata=_static)
+    in_scan: bool = field(default=False, metadata=_static)
     platform: str = field(default="cpu", metadata=_static)
     rules: Rules = field(default=Rules(), metadata=_static)
     mesh: Mesh | None = field(default=None, metadata=_static)

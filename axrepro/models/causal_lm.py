@@ -9,6 +9,7 @@ from axrepro.core.context import Context
 from axrepro.core.interfaces import Layer
 from axrepro.core.param import linear
 from axrepro.nn import Attention, Block, Embedding, FeedForward, Repeat, RMSNorm, RoPE
+from axrepro.nn.linear import matmul
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class CausalLM:
     def logits(self, params: dict, hidden: Float[Array, "B T D"], ctx: Context) -> Float[Array, "B T V"]:
         """Next-token logits in float32."""
         weight = params["embed"]["table"].T if self.tied else params["head"]
-        out = jnp.matmul(hidden, ctx.cast(weight), preferred_element_type=jnp.float32)
+        out = matmul(hidden, weight, ctx, dtype="float32")
         out = ctx.shard(out, "batch", "seq", "vocab")
         return out if self.logit_cap is None else self.logit_cap * jnp.tanh(out / self.logit_cap)
 

@@ -11,6 +11,7 @@ from axrepro.core.interfaces import Layer
 from axrepro.core.param import linear, vector
 from axrepro.errors import UserError
 from axrepro.kernels.attention import Implementation, Mask, attention
+from axrepro.nn.linear import matmul
 from axrepro.nn.remat import tag
 from axrepro.nn.rope import RoPE
 
@@ -87,7 +88,7 @@ class Attention(Layer):
         aux = {}
 
         def project(inputs, name, heads):
-            y = jnp.einsum("btd,dhk->bthk", inputs, ctx.cast(params[name]))
+            y = matmul(inputs, params[name], ctx)
             if self.qkv_bias:
                 y += ctx.cast(params[f"{name}_bias"])
             if self.qk_norm is not None and name != "v":
@@ -113,7 +114,7 @@ class Attention(Layer):
             platform=ctx.platform,
             sharding=self._sharding(q, ctx),
         )
-        out = jnp.einsum("bthk,hkd->btd", tag(y, "attention"), ctx.cast(params["out"]))
+        out = matmul(tag(y, "attention"), params["out"], ctx, contracted=2)
         if self.out_bias:
             out += ctx.cast(params["out_bias"])
         return tag(ctx.shard(out, "batch", "seq", "embed_act"), "attention_out"), aux

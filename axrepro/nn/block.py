@@ -54,7 +54,7 @@ class Block(Layer):
         return specs
 
     def apply(self, params: dict, x: Float[Array, "B T D"], ctx: Context) -> tuple[Float[Array, "B T D"], dict]:
-        return rematerialised(self._apply, ctx.remat)(params, tag(x, "block_input"), ctx)
+        return rematerialised(self._apply, ctx.remat, ctx.in_scan)(params, tag(x, "block_input"), ctx)
 
     def _apply(self, params, x, ctx):
         aux = {}
@@ -108,12 +108,15 @@ class Repeat(Layer):
         return stack(self.layer.specs(dim), self.times, "layers")
 
     def apply(self, params: dict, x: Float[Array, "B T D"], ctx: Context) -> tuple[Float[Array, "B T D"], dict]:
+        unroll = min(self.unroll, self.times)
+        inner = ctx.replace(in_scan=ctx.in_scan or unroll < self.times)
+
         def body(x, params_and_key):
             # a closed-over key would give every iteration the same dropout mask
             params, key = params_and_key
-            return self.layer.apply(params, x, ctx.replace(key=key))
+            return self.layer.apply(params, x, inner.replace(key=key))
 
-        return jax.lax.scan(body, x, (params, ctx.keys(self.times)), unroll=min(self.unroll, self.times))
+        return jax.lax.scan(body, x, (params, ctx.keys(self.times)), unroll=unroll)
 
     def attention_flops(self, dim: int, length: int, full: bool) -> float:
         return self.times * self.layer.attention_flops(dim, length, full)

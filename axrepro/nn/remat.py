@@ -47,7 +47,7 @@ def tag(x: jax.Array, name: str) -> jax.Array:
     return checkpoint_name(x, name)
 
 
-def rematerialised(fn: Callable, policy: str, in_scan: bool = True) -> Callable:
+def rematerialised(fn: Callable, policy: str, in_scan: bool) -> Callable:
     """`fn` with its residuals chosen by the policy of this name.
 
     Args:

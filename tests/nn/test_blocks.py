@@ -192,6 +192,14 @@ def test_recomputation_survives_compilation_and_saves_memory():
     assert memory("full") < 0.7 * memory("none")
 
 
+def test_recomputation_survives_in_a_stack_that_is_written_out():
+    written_out = Repeat(layer=BLOCK, times=2, unroll=2)
+    inputs = (abstract_params(written_out.specs(DIM)), X)
+    texts = {p: jax.jit(gradient(written_out, p)).lower(*inputs).compile().as_text() for p in ("none", "full")}
+    assert all(" while(" not in text for text in texts.values())
+    assert texts["full"].count(" dot(") >= texts["none"].count(" dot(") + 2 * 8
+
+
 def test_policies_name_activations_that_exist():
     text = str(jax.make_jaxpr(gradient(STACKS["moe"], "none"))(abstract_params(STACKS["moe"].specs(DIM)), X))
     for name in NAMES:
