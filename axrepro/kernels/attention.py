@@ -220,8 +220,11 @@ def _cudnn(q, k, v, *, mask, segment_ids, key_segment_ids, prefix, logit_cap):
 def _tokamax(q, k, v, *, mask, segment_ids, key_segment_ids, prefix, logit_cap):
     try:
         import tokamax
+        from absl import flags
     except ImportError:
         raise UserError("attention implementation='tokamax' needs the package: pip install tokamax") from None
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # it reads absl flags, and would else parse the launcher's command line
     return tokamax.dot_product_attention(
         q,
         k,

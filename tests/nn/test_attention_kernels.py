@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
 from axrepro.core import MeshShape, make_mesh
@@ -95,8 +94,6 @@ WITH_TOKAMAX = ["window", "segments_and_window", "prefix_and_segments", "prefix_
 )
 def test_implementations_for_any_platform_equal_a_loop(implementation, name, assert_close):
     case = dict(DEFAULT, **LOOPED[name])
-    if implementation == "tokamax":
-        flags.FLAGS.mark_as_parsed()  # it reads absl flags, and would parse the command line of pytest
     inputs = random_inputs(2, 9, case["keys"], *case["heads"], 4)
     theirs = [torch.tensor(x, requires_grad=True) for x in inputs[:3]]
     parts = case["segments"], case["key_segments"], case["prefix"]
