@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from axrepro.errors import UserError
+
 
 def softmax_cross_entropy(
     logits: Float[Array, "*B V"], targets: Int[Array, "*B"]
@@ -31,9 +33,12 @@ def chunked_cross_entropy(
 
     Args:
       head: logits of hidden states; its parameters may be closed over.
-      chunk: positions at once, rounded down to a divisor of T; None: all, and nothing is computed twice.
+      chunk: positions at once; where it does not divide T, the next smaller divisor down to its half, else the next
+        larger one (a prime T is taken whole, not one by one). None: all, and nothing is computed twice.
     Returns:
       float32[B, T] each: "nll" in nats, "log_z" the log-partition, "correct" 1.0 where the target is the likeliest.
+    Raises:
+      UserError: if `chunk` is less than 1.
     """
 
     def one(hidden, targets):
@@ -42,9 +47,14 @@ def chunked_cross_entropy(
         return {"nll": nll, "log_z": log_z, "correct": (logits.argmax(-1) == targets).astype(jnp.float32)}
 
     batch, length = targets.shape
+    if chunk is not None and chunk < 1:
+        raise UserError(f"the loss takes chunk={chunk} positions at once; it is at least 1, or None for all")
     if chunk is None or chunk >= length:
         return one(hidden, targets)
-    chunk = next(size for size in range(max(chunk, 1), 0, -1) if length % size == 0)
+    divisors = [size for size in range(1, length + 1) if length % size == 0]
+    chunk = next((size for size in reversed(divisors) if chunk / 2 <= size <= chunk), 0) or next(
+        size for size in divisors if size > chunk
+    )
 
     def chunks(x):  # [B, T, ...] -> [T / chunk, B, chunk, ...]
         return jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from axrepro.errors import UserError
 from axrepro.losses.cross_entropy import chunked_cross_entropy, softmax_cross_entropy
 
 BATCH, LENGTH, DIM, VOCAB = 2, 24, 16, 37
@@ -66,6 +67,20 @@ def test_scores_are_float32_for_bfloat16_logits():
     exact, _ = softmax_cross_entropy(logits.astype(jnp.float32), jnp.array([0, 1, 2]))
     assert nll.dtype == jnp.float32
     np.testing.assert_array_equal(nll, exact)
+
+
+@pytest.mark.parametrize(("length", "chunk", "taken"), [(24, 7, 6), (24, 5, 4), (26, 10, 13), (23, 5, 23), (22, 1, 1)])
+def test_a_chunk_that_does_not_divide_the_row_becomes_one_that_does(length, chunk, taken):
+    seen = []
+    head = lambda h: seen.append(h.shape[1]) or h
+    chunked_cross_entropy(head, jnp.zeros((2, length, 3)), jnp.zeros((2, length), int), chunk)
+    assert set(seen) == {taken}
+
+
+@pytest.mark.parametrize("chunk", [0, -4])
+def test_a_chunk_of_nothing_is_an_error(chunk):
+    with pytest.raises(UserError, match=f"chunk={chunk}"):
+        chunked_cross_entropy(lambda h: h, jnp.zeros((2, 4, 3)), jnp.zeros((2, 4), int), chunk)
 
 
 def compiled_gradient(chunk, vocab, length=256):
