@@ -141,10 +141,11 @@ def _train(name: str, experiment, workdir: str) -> int:
     import jax
 
     from axrepro.train.loop import train
+    from axrepro.train.workdir import Workdir
 
     if jax.process_index() == 0:
         print(f"{name} on {jax.device_count()} × {jax.devices()[0].device_kind}, workdir {workdir}", flush=True)
-    outcome = train(experiment, workdir, name)
+    outcome = train(experiment, Workdir(workdir), name)
     if jax.process_index() == 0 and outcome.complete:
         print(f"complete at step {outcome.step}; {workdir}/curve.png shows the run", flush=True)
     return 0
@@ -156,8 +157,9 @@ def _evaluate(name: str, experiment, workdir: str) -> int:
     import jax
 
     from axrepro.train.loop import evaluate
+    from axrepro.train.workdir import Workdir
 
-    step, scalars = evaluate(experiment, workdir)
+    step, scalars = evaluate(experiment, Workdir(workdir))
     if jax.process_index() == 0:
         print(json.dumps({"step": step, **scalars}), flush=True)
     return 0

@@ -30,9 +30,10 @@ def _text_sample(experiment) -> str:
     from axrepro.decode.sample import sample
     from axrepro.train.checkpoint import Checkpoints
     from axrepro.train.loop import build_program
+    from axrepro.train.workdir import Workdir
 
     program, data = build_program(experiment), experiment.data
-    checkpoints = Checkpoints(str(WORKDIR), read_only=True)
+    checkpoints = Checkpoints(Workdir(str(WORKDIR)), read_only=True)
     params, _ = checkpoints.restore_params(program.abstract_state.params)
     checkpoints.close()
     prompt = [data.vocabulary.eos_id, *data.vocabulary.encode(PROMPT)]

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 
 from axrepro.errors import UserError
 from axrepro.train.state import TrainState
+from axrepro.train.workdir import Workdir
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Checkpoints:
     A checkpoint appears under its final name only when it is complete; unfinished ones are never read.
     """
 
-    def __init__(self, workdir: str, keep: int = 2, keep_every: int | None = None, read_only: bool = False):
-        self.folder = epath.Path(workdir) / "checkpoints"
+    def __init__(self, workdir: Workdir, keep: int = 2, keep_every: int | None = None, read_only: bool = False):
+        self.folder = workdir.checkpoints
         self._pending: int | None = None
         logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every detail of a save
         options = ocp.CheckpointManagerOptions(

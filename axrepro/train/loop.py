@@ -19,6 +19,7 @@ from axrepro.train.provenance import check_workdir, record_config
 from axrepro.train.signals import Preemption
 from axrepro.train.state import Program, TrainState
 from axrepro.train.step import train_step
+from axrepro.train.workdir import Workdir
 from axrepro.train.writers import Stopwatch, Writers
 
 
@@ -48,7 +49,7 @@ def build_program(experiment: Experiment) -> Program:
     return program
 
 
-def train(experiment: Experiment, workdir: str, name: str) -> Outcome:
+def train(experiment: Experiment, workdir: Workdir, name: str) -> Outcome:
     """Trains, evaluates and checkpoints; in a workdir with checkpoints it resumes from the last.
 
     Args:
@@ -73,7 +74,7 @@ def train(experiment: Experiment, workdir: str, name: str) -> Outcome:
             state = jax.jit(program.init, static_argnums=0, out_shardings=program.shardings)(settings.seed)
         else:
             if resumed_from > settings.steps:
-                raise UserError(f"{workdir} is at step {resumed_from}, beyond train.steps={settings.steps}")
+                raise UserError(f"{workdir.address} is at step {resumed_from}, beyond train.steps={settings.steps}")
             saved = checkpoints.restore(program.abstract_state)
             state = saved.state
             batches.seek(saved.data_position)
@@ -128,6 +129,7 @@ def _run(program, state, batches: Batches, checkpoints, writers, preemption) -> 
         if log or hold_out:
             writers.write(step, scalars)
         if save:
+            writers.publish()  # before the checkpoint, so that a resumed run misses no line
             checkpoints.save(state, batches.position())
         if (saved := checkpoints.finished(wait=last or stop)) is not None:
             writers.say(f"saved checkpoint {checkpoints.folder / str(saved)}")
@@ -156,7 +158,9 @@ class Meter:
 
     def scalars(self, step: int, report: dict) -> dict[str, float]:
         """The scalars of `step`, as Python floats; speeds since the last lap."""
-        scalars = {name: float(value) for name, value in jax.device_get(report["scalars"]).items()}
+        values = jax.device_get(report["scalars"])
+        order = sorted(values, key=lambda name: (name.split("/")[-1] != "loss", name))  # what is minimised comes first
+        scalars = {name: float(values[name]) for name in order}
         seconds = self.watch.lap(step)
         scalars["step_time_s"] = seconds
         scalars[f"{self._unit}_per_s"] = self._units / seconds
@@ -181,7 +185,7 @@ def _rollout(program: Program) -> Callable[[TrainState, dict], dict]:
     return sample
 
 
-def evaluate(experiment: Experiment, workdir: str) -> tuple[int, dict[str, float]]:
+def evaluate(experiment: Experiment, workdir: Workdir) -> tuple[int, dict[str, float]]:
     """The step of the last checkpoint in `workdir`, and its means over the whole held-out split.
 
     Raises:

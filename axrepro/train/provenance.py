@@ -12,6 +12,7 @@ import jax
 from axrepro.core.config import differences, to_config_dict
 from axrepro.errors import UserError
 from axrepro.train.experiment import Experiment
+from axrepro.train.workdir import Workdir
 
 PACKAGES = ("axrepro", "jax", "jaxlib", "libtpu", "optax", "orbax-checkpoint", "ml-collections", "numpy")
 
@@ -38,23 +39,25 @@ def _git_commit() -> str | None:
         return None
 
 
-def check_workdir(workdir: str, name: str) -> None:
+def check_workdir(workdir: Workdir, name: str) -> None:
     """Makes the folder if need be. Raises UserError if it cannot be written, or holds a run of another experiment."""
-    folder, path = Path(workdir), Path(workdir) / "config.json"
+    folder, path = workdir.local, workdir.local / "config.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         old = json.loads(path.read_text()) if path.exists() else None
         if not os.access(folder, os.W_OK):
             raise PermissionError("no permission to write")
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot use the workdir {workdir}: {path.name if path.exists() else ''} {error}") from None
+        raise UserError(
+            f"cannot use the workdir {workdir.address}: {path.name if path.exists() else ''} {error}"
+        ) from None
     if old is not None and old.get("experiment") != name:
         raise UserError(
-            f"{workdir} holds a run of {old.get('experiment')!r}, not of {name!r}; choose another --workdir"
+            f"{workdir.address} holds a run of {old.get('experiment')!r}, not of {name!r}; choose another --workdir"
         )
 
 
-def record_config(workdir: str, name: str, experiment: Experiment) -> None:
+def record_config(workdir: Workdir, name: str, experiment: Experiment) -> None:
     """Writes `workdir`/config.json; one with other settings is kept beside it, and the differences are printed."""
     record = {
         "experiment": name,
@@ -64,7 +67,7 @@ def record_config(workdir: str, name: str, experiment: Experiment) -> None:
         "versions": _versions(),
         "git_commit": _git_commit(),
     }
-    folder = Path(workdir)
+    folder = workdir.local
     path = folder / "config.json"
     old = json.loads(path.read_text()) if path.exists() else None
     if old == record:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from axrepro.errors import UserError
+from axrepro.train.workdir import Workdir
 
 
 class MetricsFile:
@@ -60,7 +61,7 @@ def read_metrics(path: Path) -> list[dict]:
 class Writers:
     """All outputs of one process; on processes other than the first it writes nothing."""
 
-    def __init__(self, workdir: str, after_step: int, steps: int, active: bool):
+    def __init__(self, workdir: Workdir, after_step: int, steps: int, active: bool):
         """
         Args:
           after_step: the step the run starts from.   steps: of the whole run, for the progress bar.
@@ -71,7 +72,7 @@ class Writers:
             return
         from tensorboardX import SummaryWriter
 
-        self._folder = Path(workdir)
+        self._workdir, self._folder = workdir, workdir.local
         self._file = MetricsFile(self._folder / "metrics.jsonl", after_step)
         self._events = SummaryWriter(str(self._folder / "events"), purge_step=after_step + 1)
         self._steps = steps
@@ -92,6 +93,7 @@ class Writers:
             self._bar.set_postfix_str(_summary(scalars))
         else:
             self.say(f"step {step}/{self._steps}  {_summary(scalars)}")
+        self._workdir.publish(now=False)
 
     def say(self, text: str) -> None:
         """A line on the console, above the progress bar if there is one."""
@@ -102,6 +104,11 @@ class Writers:
         else:
             print(text, flush=True)
 
+    def publish(self) -> None:
+        """Brings what is written to where it can be read."""
+        if self._active:
+            self._workdir.publish()
+
     def close(self) -> None:
         """Ends the files and draws the curve."""
         if not self._active:
@@ -110,7 +117,8 @@ class Writers:
         self._events.close()
         if self._bar is not None:
             self._bar.close()
-        draw_curve(self._folder / "metrics.jsonl", self._folder / "curve.png")
+        draw_curve(self._folder / "metrics.jsonl", self._folder / "curve.png", self._workdir.address)
+        self._workdir.publish()
 
 
 def _summary(scalars: Mapping[str, float]) -> str:
@@ -120,7 +128,7 @@ def _summary(scalars: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
-def draw_curve(metrics: Path, picture: Path) -> None:
+def draw_curve(metrics: Path, picture: Path, title: str) -> None:
     """The loss over steps, smoothed in front of the raw values, with the evaluations."""
     import matplotlib
 
@@ -139,7 +147,7 @@ def draw_curve(metrics: Path, picture: Path) -> None:
         axes.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"train (mean of {window} logged steps)")
     if held_out:
         axes.plot(*np.array(held_out).T, "o-", color="tab:orange", markersize=4, label="held out")
-    axes.set(xlabel="step", ylabel="loss (nats)", title=picture.resolve().parent.name)
+    axes.set(xlabel="step", ylabel="loss (nats)", title=title)
     if train or held_out:
         lowest = min(value for _, value in train + held_out)
         start = train[min(len(train) - 1, max(1, len(train) // 50))][1] if train else held_out[0][1]
