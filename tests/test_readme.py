@@ -1,0 +1,75 @@
+"""The README keeps its promises: its commands and its code run, and its map is the tree."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```\w*\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("python -m ")]
+# what is added to commands that train or evaluate, so that they end in seconds
+SHORT = ("--method.model.dim=32", "--data.sequence_length=32", "--data.batch_size=8", "--eval.batches=1",
+         "--train.steps=3", "--data.source.holdout=1000", "--method.model.layers.times=1")  # fmt: skip
+
+
+def run(folder, command: str, *extra: str) -> str:
+    """What a command prints, run in `folder`; `python` is this one."""
+    words = shlex.split(command)
+    assert words[0] == "python"
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    arguments = [sys.executable, *words[1:], *extra]
+    done = subprocess.run(arguments, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder away from the sources: later commands of the README go on with the runs of earlier ones."""
+    return tmp_path_factory.mktemp("readme")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_runs(command, folder):
+    needs_work = "--experiment" in command and "--mode=describe" not in command
+    assert run(folder, command, *(SHORT if needs_work else ())).strip()
+
+
+def test_the_experiment_and_its_mixture_run(tmp_path):
+    code, mixture = (block for block in BLOCKS if "-> Experiment:" in block)
+    assert len(code[code.index("def ") :].strip().splitlines()) <= 20
+    assert len(mixture.strip().splitlines()) == 2  # the function and its one line
+    package = tmp_path / "experiments"
+    package.mkdir()
+    (package / "mine.py").write_text(code + "\n\nfrom axrepro.nn import MoE, every\n\n" + mixture)
+    (tmp_path / "data").mkdir()
+    for i in range(60):
+        (tmp_path / "data" / f"{i}.txt").write_text(f"Document {i}. " + "Some text to learn from. " * 40)
+    short = ("--method.model.dim=32", "--method.model.layers.times=2", "--train.steps=4", "--data.batch_size=4")
+    out = run(tmp_path, "python -m axrepro.launch --experiment=my_moe", *short)
+    assert "complete at step 4" in out
+    listed = run(tmp_path, "python -m axrepro.launch --list")
+    assert "my_lm   A small dense model on the text files in data/." in listed
+
+
+def test_the_map_names_every_folder():
+    table = TEXT[TEXT.index("## Where things are") :]
+    named = set(re.findall(r"`([a-z/]+)/`", table))
+    folders = {f"axrepro/{p.parent.name}" for p in (ROOT / "axrepro").glob("*/__init__.py")} | {"experiments", "tests"}
+    assert named == folders
+
+
+def test_the_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z-]+)", TEXT)) <= targets
+
+
+def test_files_of_a_run_are_named():
+    for name in ("config.json", "metrics.jsonl", "events/", "checkpoints/", "curve.png"):
+        assert f"`{name}`" in TEXT
