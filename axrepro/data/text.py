@@ -168,7 +168,7 @@ class Text(Data):
     Attributes:
       sequence_length: T, tokens in a row.
       source: where documents come from.   vocabulary: how they become ids.
-      shuffle: whether documents and rows of the train split are shuffled; the eval split never is.
+      shuffle: whether documents and rows are shuffled; the eval split has one order for all seeds.
     """
 
     sequence_length: int
@@ -182,8 +182,9 @@ class Text(Data):
             raise UserError(f"data.sequence_length={self.sequence_length}: a sequence holds at least 1 token")
 
     def open(self, split: Split, seed: int) -> PackedText:
-        shuffle = self.shuffle and split == "train"
-        return PackedText(self.source.documents(split), self.vocabulary, self.sequence_length, seed, shuffle)
+        # the first batches of the eval split should be a fair sample of it, and the same whatever the seed of the run
+        seed = seed if split == "train" else 0
+        return PackedText(self.source.documents(split), self.vocabulary, self.sequence_length, seed, self.shuffle)
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         return {name: jax.ShapeDtypeStruct((self.batch_size, self.sequence_length), np.int32) for name in NAMES}

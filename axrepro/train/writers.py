@@ -141,7 +141,7 @@ def draw_curve(metrics: Path, picture: Path, title: str) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     if train:
         steps, losses = np.array(train).T
-        window = max(1, len(losses) // 50)
+        window = max(1, len(losses) // 20)
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1)
         axes.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"train (mean of {window} logged steps)")
