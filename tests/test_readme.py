@@ -61,7 +61,11 @@ def test_the_experiment_and_its_mixture_run(tmp_path):
 def test_the_map_names_every_folder():
     table = TEXT[TEXT.index("## Where things are") :]
     named = set(re.findall(r"`([a-z/]+)/`", table))
-    folders = {f"axrepro/{p.parent.name}" for p in (ROOT / "axrepro").glob("*/__init__.py")} | {"experiments", "tests"}
+    folders = {f"axrepro/{p.parent.name}" for p in (ROOT / "axrepro").glob("*/__init__.py")} | {
+        "experiments",
+        "benchmarks",
+        "tests",
+    }
     assert named == folders
 
 
