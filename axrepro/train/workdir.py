@@ -10,6 +10,7 @@ from etils import epath
 from axrepro.errors import UserError
 
 _KEPT = ("config*.json", "metrics.jsonl")  # what an earlier start left and this one goes on with
+_BUCKETS = ("gs://", "s3://", "az://")
 _SECONDS = 60.0  # between two uploads while training
 
 
@@ -33,6 +34,8 @@ class Workdir:
         self._bucket: epath.Path | None = None
         self.local = Path(address).expanduser().absolute()
         if "://" in address:
+            if not address.startswith(_BUCKETS):
+                raise UserError(f"cannot use the workdir {address}: give a folder, or one of {', '.join(_BUCKETS)}")
             self.local = Path(tempfile.mkdtemp(prefix="axrepro-"))
             try:
                 self._bucket = epath.Path(address)
