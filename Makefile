@@ -15,7 +15,7 @@ help:  ## what there is to make
 .venv/core.stamp: requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "axrepro needs Python 3.11 or newer; set PYTHON=/path/to/python"; exit 1; }
 	@echo "installing axrepro into .venv (about a minute)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(PIP) --requirement requirements.lock
 	@$(PIP) --no-deps --editable .
 	@touch $@

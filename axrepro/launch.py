@@ -4,7 +4,9 @@ Nothing heavy is imported before the platform is chosen, and a wrong input ends 
 """
 
 import argparse
+import contextlib
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -99,10 +101,11 @@ def join_processes(args: argparse.Namespace) -> None:
 
     flags = {name: getattr(args, name) for name in ("coordinator", "num_processes", "process_id")}
     given = [name for name, value in flags.items() if value is not None]
-    detected = (
-        int(os.environ.get("SLURM_NTASKS", "1")) > 1 or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
-    )
-    detected = detected or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+    # the variables of a step: those of an allocation are also there where one process runs by itself
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")
+    slurm = tasks.isdigit() and int(tasks) > 1 and "SLURM_PROCID" in os.environ
+    pod = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
+    detected = slurm or pod or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
     if given and len(given) < len(flags):
         missing = [name for name in flags if name not in given]
         raise UserError(f"--{given[0]} needs --{' and --'.join(missing)} too")
@@ -113,6 +116,10 @@ def join_processes(args: argparse.Namespace) -> None:
             jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
         elif detected:
             jax.distributed.initialize()
+        elif os.environ.get("JAX_PLATFORMS", "") != "cpu" and any(Path("/dev").glob("accel[0-9]*")):
+            # a TPU machine that may be one of a pod: only its metadata server knows
+            with contextlib.suppress(RuntimeError, ValueError):
+                jax.distributed.initialize()
     except (RuntimeError, ValueError) as error:
         raise UserError(f"cannot join the other processes: {' '.join(str(error).split())[:300]}") from None
 
@@ -122,19 +129,38 @@ def _config(args: argparse.Namespace, overrides: dict[str, str]):
     from axrepro import registry
     from axrepro.core.config import override
     from axrepro.train.experiment import on_hardware
-    from axrepro.train.hardware import slice_devices, slice_name
+    from axrepro.train.hardware import parse_topology, slice_name
 
     entry = registry.find(args.experiment, registry.index())
+    slices = 1
     if args.topology:
-        where, count = args.topology, slice_devices(args.topology)
+        count, slices = parse_topology(args.topology)
+        kind = re.sub(r"^\d+[x×]|-\d+$", "", args.topology.lower())
     else:
-        import jax
-
-        devices = jax.devices()
-        count = len(devices)
-        where = slice_name(devices[0].device_kind, count)
+        devices = _devices()
+        count, kind = len(devices), devices[0].device_kind
+    where = slice_name(kind, count)  # the name that the mesh rules see, on the hardware and before it is there
     experiment, rule = on_hardware(registry.load(entry), where)
-    return entry.name, override(experiment, overrides), where, count, rule
+    experiment = override(experiment, overrides)
+    experiment.mesh.sizes(count, slices)  # raises if they do not fit
+    return entry.name, experiment, where, count, rule
+
+
+def _devices() -> list:
+    """All devices. Raises UserError if the platform that was asked for is not there."""
+    import jax
+
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(f"no devices (JAX_PLATFORMS={asked!r}): {' '.join(str(error).split())[:200]}") from None
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise UserError(
+            f"{jax.process_count()} processes see each other's devices but have not joined; "
+            "give --coordinator=HOST:PORT --num_processes=N --process_id=I"
+        )
+    return devices
 
 
 def _train(name: str, experiment, workdir: str) -> int:
@@ -176,7 +202,8 @@ def run(argv: list[str]) -> int:
         print("\n".join(f"{entry.name:{width}}  {entry.description}" for entry in entries))
         return 0
     set_up_platform(args)
-    join_processes(args)
+    if not (args.mode == "describe" and args.topology):
+        join_processes(args)
     name, experiment, where, count, rule = _config(args, overrides)
     workdir = args.workdir or f"runs/{name.replace(':', '_').replace('/', '_')}"
     if args.mode == "describe":

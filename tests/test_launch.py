@@ -67,6 +67,34 @@ def test_installed_accelerator_software_without_its_hardware_makes_no_noise(tmp_
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("tasks", ["8", "", "many"])
+def test_an_allocation_without_a_step_of_slurm_is_one_process(tasks):
+    done = fresh("--experiment=moe_dense:tiny", "--mode=describe", SLURM_JOB_ID="1", SLURM_NTASKS=tasks)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_platform_that_is_not_there_is_one_line():
+    done = fresh("--experiment=moe_dense:tiny", "--mode=describe", JAX_PLATFORMS="tpu")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("axrepro: error: no devices (JAX_PLATFORMS='tpu')")
+    assert "Traceback" not in done.stderr
+
+
+def test_nested_tuples_are_given_as_they_are_printed(capsys):
+    options = "(('xla_cpu_enable_fast_math', 'false'), ('xla_backend_optimization_level', '1'))"
+    arguments = ["--experiment=moe_dense:tiny", "--mode=describe", f"--train.compiler_options={options}"]
+    assert launch.main(arguments) == 0
+    assert f"compiler_options: {options}" in capsys.readouterr().out
+
+
+def test_slices_have_the_mesh_rule_of_their_kind(capsys):
+    arguments = ["--experiment=moe_29b", "--mode=describe", "--topology=2xv5p-512", "--mesh.data=2"]
+    assert launch.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "v5p-1024: 512 devices, mesh rule 'v5p-.*'" in shown
+    assert "data 2, fsdp 32, expert 8" in shown
+
+
 def test_emulated_devices_are_as_many_as_asked_for():
     done = fresh("--experiment=moe_dense:tiny", "--mode=describe", "--devices=8", "--mesh.fsdp=4")
     assert (done.returncode, done.stderr) == (0, "")

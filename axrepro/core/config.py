@@ -4,6 +4,8 @@ with a locked `ml_collections.ConfigDict`.
 Paths are dotted: `method.model.layers.layer.ffn.hidden`, and elements of tuples are numbered: `mesh_rules.0.match`.
 """
 
+import ast
+import contextlib
 import json
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -129,6 +131,10 @@ def _checked(value, hint, path: str):
     return float(value) if hint is float else value
 
 
+def _as_tuples(value):
+    return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
 def _parse(text: str, hint, path: str):
     """The value that `text` stands for under a type annotation."""
     wrong = UserError(f"{path}={text!r} has the wrong type; it takes {_type_name(hint)}")
@@ -148,6 +154,10 @@ def _parse(text: str, hint, path: str):
                 return arg
         raise wrong
     if origin is tuple:
+        with contextlib.suppress(ValueError, SyntaxError):  # quoted and nested, as --mode=describe prints it
+            value = _as_tuples(ast.literal_eval(text))
+            if _fits(value, hint):
+                return value
         items = [item.strip() for item in text.strip("()[]").split(",") if item.strip()]
         kinds = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
         if len(kinds) != len(items):

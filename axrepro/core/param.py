@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from axrepro.core.tree import fill, flatten, map_tree, unflatten
+from axrepro.errors import UserError
 
 Role = Literal["trained", "frozen", "updated"]
 
@@ -101,7 +102,7 @@ class Param:
         if len(self.shape) != len(self.axes):
             raise ValueError(f"Param of shape {self.shape} needs {len(self.shape)} logical axes, got {self.axes}")
         if any(size < 1 for size in self.shape):
-            raise ValueError(f"Param has an empty shape {self.shape} (axes {self.axes})")
+            raise UserError(f"Param has an empty shape {self.shape} (axes {self.axes})")
 
     @property
     def size(self) -> int:

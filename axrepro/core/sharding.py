@@ -29,11 +29,11 @@ class MeshShape:
     seq: int = 1
     model: int = 1
 
-    def sizes(self, num_devices: int) -> dict[str, int]:
-        """Devices per axis for this many devices.
+    def sizes(self, num_devices: int, slices: int = 1) -> dict[str, int]:
+        """Devices per axis for this many devices in so many TPU slices.
 
         Raises:
-          UserError: if the sizes do not multiply to `num_devices`.
+          UserError: if the sizes do not multiply to `num_devices`, or `data` cannot be split over the slices.
         """
         sizes = {f.name: getattr(self, f.name) for f in fields(self)}
         text = " × ".join(f"{name} {size}" for name, size in sizes.items() if size != 1) or "data 1"
@@ -47,7 +47,12 @@ class MeshShape:
                 f"mesh {text} needs {'a multiple of ' if rest else ''}{known} devices, but there are {num_devices}; "
                 "change mesh.data, mesh.fsdp or mesh.expert (one of them may be -1), or --devices"
             )
-        return {name: num_devices // known if size == -1 else size for name, size in sizes.items()}
+        sizes = {name: num_devices // known if size == -1 else size for name, size in sizes.items()}
+        if sizes["data"] % slices:
+            raise UserError(
+                f"mesh.data={sizes['data']} must be a multiple of the {slices} slices it spans; set mesh.data={slices}"
+            )
+        return sizes
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -59,16 +64,16 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     from jax.experimental import mesh_utils
 
     devices = list(jax.devices() if devices is None else devices)
-    sizes = shape.sizes(len(devices))
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    tpu = devices[0].platform == "tpu"
+    # XLA counts every GPU host as a slice, though all of them share one network; jax lists a host's devices in a row
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpu else 1
+    sizes = shape.sizes(len(devices), slices)
     dims = tuple(sizes.values())
     if slices > 1:
-        if sizes["data"] % slices:
-            raise UserError(f"mesh.data={sizes['data']} must be a multiple of the {slices} slices it spans")
         outer = tuple(slices if name == "data" else 1 for name in sizes)
         inner = tuple(size // over for size, over in zip(dims, outer, strict=True))
         grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
-    elif devices[0].platform == "tpu":
+    elif tpu:
         grid = mesh_utils.create_device_mesh(dims, devices, allow_split_physical_axes=True)
     else:
         grid = np.asarray(devices).reshape(dims)
@@ -103,6 +108,15 @@ class Rules:
         ("group", ("data", "fsdp", "expert")),  # token groups before dispatch and after combine
         ("group_dispatched", ("data", "fsdp")),  # the same groups while experts lie on `expert`: an all-to-all between
     )
+
+    def __post_init__(self):
+        known = [f.name for f in fields(MeshShape)]
+        for axis, names in self.table:
+            if not isinstance(names, tuple):
+                raise UserError(f"the rule {axis}={names!r} must be a tuple of mesh axes, such as {(names,)!r}")
+            for name in names:
+                if name not in known:
+                    raise UserError(f"the rule {axis}={names!r} has no mesh axis {name!r}; {nearest(name, known)}")
 
     def spec(self, axes: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
         """The partition of a tensor.
@@ -142,7 +156,17 @@ class Rules:
         return PartitionSpec(*entries)
 
     def replace(self, **axes: tuple[str, ...]) -> "Rules":
-        """The table with entries changed or added: `rules.replace(embed=("fsdp",))`."""
+        """The table with entries changed: `rules.replace(embed=("fsdp",))`.
+
+        Raises:
+          UserError: for a logical axis that it does not have, or a mesh axis that does not exist.
+        """
+        for axis in axes.keys() - dict(self.table).keys():
+            raise UserError(f"no rule for the logical axis {axis!r} to replace; {nearest(axis, dict(self.table))}")
+        return self.add(**axes)
+
+    def add(self, **axes: tuple[str, ...]) -> "Rules":
+        """The table with entries for logical axes of one's own. Raises UserError for an unknown mesh axis."""
         return Rules(tuple((dict(self.table) | axes).items()))
 
 

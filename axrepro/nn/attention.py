@@ -64,6 +64,8 @@ class Attention(Layer):
 
     def specs(self, dim: int) -> dict:
         head_dim, heads, kv_heads = self._head_dim(dim), self.num_heads, self.kv_heads
+        if self.rope is not None:
+            self.rope.frequencies(head_dim)  # raises if it cannot rotate this many
         specs = {
             "q": linear((dim, heads, head_dim), ("embed", "heads", "head_dim"), fan_in=dim),
             "k": linear((dim, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), fan_in=dim),

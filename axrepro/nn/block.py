@@ -104,6 +104,10 @@ class Repeat(Layer):
     times: int
     unroll: int = 1
 
+    def __post_init__(self):
+        if self.times < 1 or self.unroll < 1:
+            raise UserError(f"Repeat takes times={self.times} and unroll={self.unroll} of at least 1")
+
     def specs(self, dim: int) -> dict:
         return stack(self.layer.specs(dim), self.times, "layers")
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from axrepro.errors import UserError
+
 
 class RopeScaling(ABC):
     """How the rotation frequencies change for contexts longer than the model was first trained on."""
@@ -97,7 +99,7 @@ class RoPE:
         """Radians per position of each pair, float64[rotated / 2]."""
         dim = int(head_dim * self.fraction)
         if dim % 2 or dim < 2:
-            raise ValueError(f"RoPE rotates pairs: head_dim {head_dim} × fraction {self.fraction} must be even")
+            raise UserError(f"RoPE rotates pairs: head_dim {head_dim} × fraction {self.fraction} must be even")
         plain = self.base ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
         return plain if self.scaling is None else self.scaling.frequencies(plain, self.base, dim)
 

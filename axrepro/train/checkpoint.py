@@ -70,8 +70,15 @@ class Checkpoints:
         if step == self.latest_step() or step == self._pending:
             return
         items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
-        self._manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(data_position)), force=True)
+        args = ocp.args.Composite(**items, data=ocp.args.JsonSave(data_position))
         self._pending = step
+        try:
+            self._manager.save(step, args=args, force=True)
+        except Exception as error:
+            raise self._unsaved(step, error) from error
+
+    def _unsaved(self, step: int, error: Exception) -> UserError:
+        return UserError(f"saving checkpoint {self.folder / str(step)} failed: {_line(error)}")
 
     def finished(self, wait: bool = False) -> int | None:
         """The step of a save that has become complete since the last call; `wait` ends it first.
@@ -90,7 +97,7 @@ class Checkpoints:
                     return None
                 self._manager.wait_until_finished()
         except Exception as error:
-            raise UserError(f"saving checkpoint {self.folder / str(self._pending)} failed: {_line(error)}") from error
+            raise self._unsaved(self._pending, error) from error
         step, self._pending = self._pending, None
         return step
 

@@ -56,17 +56,26 @@ def slice_devices(name: str) -> int:
     Raises:
       UserError: if the name is not of the form "v5p-1024".
     """
+    devices, _ = parse_topology(name)
+    return devices
+
+
+def parse_topology(name: str) -> tuple[int, int]:
+    """(chips in all, slices) of a public name; raises as `slice_devices` does."""
     match = re.fullmatch(r"(?:(\d+)[x×])?([a-z]+\w*)-(\d+)", name.lower())
     if not match or (match[2] not in CHIPS and match[2] != "cpu"):
         allowed = ", ".join([*CHIPS, "cpu"])
         raise UserError(f"unknown topology {name!r}; it is KIND-COUNT such as v5p-1024, with KIND one of {allowed}")
     cores = CHIPS[match[2]].cores if match[2] in CHIPS else 1
     count = int(match[3])
+    if match[1] and int(match[1]) < 1:
+        raise UserError(f"topology {name!r}: there is at least 1 slice")
     if count < 1 or count % cores:
         raise UserError(
             f"topology {name!r}: {match[2]} counts {cores} per chip, so COUNT must be a multiple of {cores}"
         )
-    return int(match[1] or 1) * count // cores
+    slices = int(match[1] or 1)
+    return slices * count // cores, slices
 
 
 def peak_flops(devices: Sequence) -> float | None:

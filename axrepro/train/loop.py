@@ -15,12 +15,13 @@ from axrepro.train.evaluate import Evaluator
 from axrepro.train.experiment import Experiment
 from axrepro.train.hardware import peak_flops
 from axrepro.train.not_finite import Monitor
+from axrepro.train.processes import on_first
 from axrepro.train.provenance import check_workdir, record_config
 from axrepro.train.signals import Preemption
 from axrepro.train.state import Program, TrainState
 from axrepro.train.step import train_step
 from axrepro.train.workdir import Workdir
-from axrepro.train.writers import Stopwatch, Writers
+from axrepro.train.writers import Silent, Stopwatch, Writers
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,7 @@ def train(experiment: Experiment, workdir: Workdir, name: str) -> Outcome:
     """
     settings = experiment.train
     program = build_program(experiment)
-    first = jax.process_index() == 0
-    if first:
-        check_workdir(workdir, name)
+    on_first(lambda: check_workdir(workdir, name))
     if settings.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", settings.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1)
@@ -78,9 +77,9 @@ def train(experiment: Experiment, workdir: Workdir, name: str) -> Outcome:
             saved = checkpoints.restore(program.abstract_state)
             state = saved.state
             batches.seek(saved.data_position)
-        if first:  # only now, when the checkpoint has turned out to fit
-            record_config(workdir, name, experiment)
-        writers = Writers(workdir, resumed_from or 0, settings.steps, active=first)
+        # only now, when the checkpoint has turned out to fit
+        on_first(lambda: record_config(workdir, name, experiment))
+        writers = on_first(lambda: Writers(workdir, resumed_from or 0, settings.steps)) or Silent()
         try:
             with Preemption() as preemption:
                 state, scalars = _run(program, state, batches, checkpoints, writers, preemption)
@@ -108,6 +107,11 @@ def _run(program, state, batches: Batches, checkpoints, writers, preemption) -> 
         writers.say(f"already complete at step {step}")
     rollout, evaluate = _rollout(program), Evaluator(program)
     monitor, meter, step_fn, scalars = Monitor(settings), Meter(program, step), None, {}
+
+    def report_saved(wait: bool) -> None:
+        if (saved := checkpoints.finished(wait)) is not None:
+            writers.say(f"saved checkpoint {checkpoints.folder / str(saved)}")
+
     while step < settings.steps:
         batch = rollout(state, next(batches))
         if step_fn is None:
@@ -118,7 +122,7 @@ def _run(program, state, batches: Batches, checkpoints, writers, preemption) -> 
         monitor.push(step, report)
         last, stop = step == settings.steps, preemption.asked(step)
         log = last or step % settings.log_every == 0
-        hold_out = last or (experiment.eval.every is not None and step % experiment.eval.every == 0)
+        hold_out = last or (not stop and experiment.eval.every is not None and step % experiment.eval.every == 0)
         save = last or stop or step % experiment.checkpoint.every == 0
         if log or hold_out or save:
             monitor.flush()
@@ -129,10 +133,10 @@ def _run(program, state, batches: Batches, checkpoints, writers, preemption) -> 
         if log or hold_out:
             writers.write(step, scalars)
         if save:
+            report_saved(wait=True)  # the save before
             writers.publish()  # before the checkpoint, so that a resumed run misses no line
             checkpoints.save(state, batches.position())
-        if (saved := checkpoints.finished(wait=last or stop)) is not None:
-            writers.say(f"saved checkpoint {checkpoints.folder / str(saved)}")
+        report_saved(wait=last or stop)
         if hold_out or save:
             meter.watch.restart(step)
         if stop and not last:

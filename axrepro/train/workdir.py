@@ -28,11 +28,14 @@ class Workdir:
         """Brings what an earlier start left in a bucket; writes nothing to it.
 
         Raises:
-          UserError: for a bucket that cannot be reached.
+          UserError: for a bucket that cannot be reached, or the home folder of nobody.
         """
         self.address = address
         self._bucket: epath.Path | None = None
-        self.local = Path(address).expanduser().absolute()
+        try:
+            self.local = Path(address).expanduser().absolute()
+        except RuntimeError as error:
+            raise UserError(f"cannot use the workdir {address}: {error}") from None
         if "://" in address:
             if not address.startswith(_BUCKETS):
                 raise UserError(f"cannot use the workdir {address}: give a folder, or one of {', '.join(_BUCKETS)}")

@@ -58,18 +58,33 @@ def read_metrics(path: Path) -> list[dict]:
     return out
 
 
-class Writers:
-    """All outputs of one process; on processes other than the first it writes nothing."""
+class Silent:
+    """The writers of every process but the first: they write nothing."""
 
-    def __init__(self, workdir: Workdir, after_step: int, steps: int, active: bool):
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def publish(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class Writers:
+    """All outputs of a run, written by its first process."""
+
+    def __init__(self, workdir: Workdir, after_step: int, steps: int):
         """
         Args:
           after_step: the step the run starts from.   steps: of the whole run, for the progress bar.
+        Raises:
+          UserError: if the metrics of an earlier start cannot be read.
         """
-        self._active = active
         self._bar = None
-        if not active:
-            return
         from tensorboardX import SummaryWriter
 
         self._workdir, self._folder = workdir, workdir.local
@@ -81,14 +96,12 @@ class Writers:
 
             self._bar = tqdm(total=steps, initial=after_step, unit="step", dynamic_ncols=True)
 
-    def write(self, step: int, scalars: Mapping[str, float], advance: bool = True) -> None:
-        """One step's scalars to every output; `advance` moves the progress bar."""
-        if not self._active:
-            return
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """One step's scalars to every output."""
         self._file.write(step, scalars)
         for name, value in scalars.items():
             self._events.add_scalar(name, value, step)
-        if self._bar is not None and advance:
+        if self._bar is not None:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(_summary(scalars))
         else:
@@ -97,8 +110,6 @@ class Writers:
 
     def say(self, text: str) -> None:
         """A line on the console, above the progress bar if there is one."""
-        if not self._active:
-            return
         if self._bar is not None:
             self._bar.write(text)
         else:
@@ -106,13 +117,10 @@ class Writers:
 
     def publish(self) -> None:
         """Brings what is written to where it can be read."""
-        if self._active:
-            self._workdir.publish()
+        self._workdir.publish()
 
     def close(self) -> None:
         """Ends the files and draws the curve."""
-        if not self._active:
-            return
         self._file.close()
         self._events.close()
         if self._bar is not None:

@@ -56,7 +56,7 @@ def test_what_cannot_be_split_is_an_error_that_says_so(axes, shape, message):
 
 
 def test_another_table_is_another_partition():
-    rules = Rules().replace(embed=("model",), mlp=("fsdp",), thing=("data",))
+    rules = Rules().replace(embed=("model",), mlp=("fsdp",)).add(thing=("data",))
     assert rules.spec(("embed", "mlp"), (5, 32), SIZES) == P(None, "fsdp")
     assert rules.spec(("thing",), (2,), SIZES) == P("data")
     assert Rules().replace() == Rules()
@@ -127,9 +127,15 @@ class Chip:
 
     id: int
     slice_index: int
-    platform: str = "cpu"
+    platform: str = "tpu"
     device_kind: str = "chip"
     process_index: int = 0
+    core_on_chip: int = 0
+
+    @property
+    def coords(self) -> tuple[int, int, int]:
+        """Place in a slice of 2 x 2."""
+        return self.id % 4 % 2, self.id % 4 // 2, 0
 
 
 def test_the_data_axis_spans_the_slices_and_the_others_stay_inside(monkeypatch):
@@ -142,6 +148,27 @@ def test_the_data_axis_spans_the_slices_and_the_others_stay_inside(monkeypatch):
     assert len(set(grid.ravel())) == 8
     with pytest.raises(UserError, match=r"mesh\.data=1 must be a multiple of the 2 slices"):
         make_mesh(MeshShape(data=1, fsdp=8), chips)
+
+
+def test_hosts_of_gpus_are_no_slices_and_their_devices_stay_together(monkeypatch):
+    monkeypatch.setattr("axrepro.core.sharding.Mesh", lambda grid, names, axis_types: grid)
+    gpus = [Chip(id=i, slice_index=i // 4, platform="gpu") for i in range(8)]  # XLA numbers hosts as slices
+    grid = make_mesh(MeshShape(data=1, fsdp=4, expert=2), gpus).reshape(4, 2)
+    np.testing.assert_array_equal(np.vectorize(lambda gpu: gpu.id)(grid), np.arange(8).reshape(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda: Rules().replace(embed="fsdp"), r"embed='fsdp' must be a tuple of mesh axes, such as \('fsdp',\)"),
+        (lambda: Rules().replace(embed=("fdsp",)), "'fdsp'; did you mean 'fsdp'"),
+        (lambda: Rules().replace(embd=("fsdp",)), "'embd' to replace; did you mean 'embed'"),
+        (lambda: Rules().add(mine=("modle",)), "'modle'; did you mean 'model'"),
+    ],
+)
+def test_a_misspelt_rule_is_an_error_and_no_replicated_weight(change, message):
+    with pytest.raises(UserError, match=message):
+        change()
 
 
 def test_without_a_mesh_nothing_is_constrained_and_positions_count_up():

@@ -104,15 +104,14 @@ def test_a_checkpoint_continues_on_another_mesh(whole, cache, tmp_path):
         np.testing.assert_allclose(one[step][:2], other[step][:2], rtol=1e-5)  # float32 sums in another order
 
 
-def test_two_processes_train_like_one_with_the_same_devices(tmp_path):
-    mesh = ("--train.steps=4", "--mesh.data=2", "--mesh.fsdp=2", "--mesh.expert=2")
-    assert launch(tmp_path / "one", *mesh, "--devices=8").returncode == 0
+def two_processes(workdir, *args) -> list[tuple[int, str]]:
+    """Exit code and standard error of two launchers that train together."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     processes = [
         subprocess.Popen(
-            command(tmp_path / "two", *mesh, "--devices=4", f"--coordinator=localhost:{port}", "--num_processes=2", i),
+            command(workdir, *args, "--devices=4", f"--coordinator=localhost:{port}", "--num_processes=2", i),
             cwd=ROOT,
             env=environment(),
             stdout=subprocess.DEVNULL,
@@ -122,8 +121,23 @@ def test_two_processes_train_like_one_with_the_same_devices(tmp_path):
         for i in ("--process_id=0", "--process_id=1")
     ]
     errors = [p.communicate(timeout=300)[1] for p in processes]
-    assert [p.returncode for p in processes] == [0, 0], errors
+    return [(p.returncode, error) for p, error in zip(processes, errors, strict=True)]
+
+
+def test_two_processes_train_like_one_with_the_same_devices(tmp_path):
+    mesh = ("--train.steps=4", "--mesh.data=2", "--mesh.fsdp=2", "--mesh.expert=2")
+    assert launch(tmp_path / "one", *mesh, "--devices=8").returncode == 0
+    ended = two_processes(tmp_path / "two", *mesh)
+    assert [code for code, _ in ended] == [0, 0], ended
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert sorted(one) == sorted(two) == [1, 2, 3, 4]
     for step in one:
         np.testing.assert_allclose(one[step][:2], two[step][:2], rtol=1e-5)  # gloo adds in another order
+
+
+def test_what_the_first_process_finds_wrong_ends_all_of_them_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"experiment": "another"}')
+    for code, error in two_processes(tmp_path):
+        assert code == 2, error
+        assert "holds a run of 'another'" in error.splitlines()[-1]
+        assert "Traceback" not in error

@@ -14,10 +14,12 @@ from axrepro.core import MeshShape, make_mesh
 from axrepro.core.config import override
 from axrepro.core.tree import flatten
 from axrepro.data import Text, TextFiles
+from axrepro.errors import UserError
 from axrepro.methods.language_model import LanguageModel
 from axrepro.models.causal_lm import llama
 from axrepro.nn import MoE, every
 from axrepro.optim import SGD, AdamW, Constant, Cosine
+from axrepro.train.checkpoint import Checkpoints
 from axrepro.train.experiment import Checkpointing, Evaluation, Experiment, Train
 from axrepro.train.loop import compile_step, train
 from axrepro.train.not_finite import NotFiniteError
@@ -102,6 +104,17 @@ def test_the_new_state_lies_where_the_old_one_lay(dims):
     new, _ = step(state, batch)
     assert all(x.is_deleted() for x in arrays)
     assert before == pointers((new.params, new.opt_state))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_it(tmp_path):
+    program = program_on(experiment("dense"))
+    checkpoints = Checkpoints(Workdir(str(tmp_path)))
+    state = first_state(program)
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(UserError, match=r"saving checkpoint .*checkpoints/0 failed"):
+        checkpoints.save(state, {})
+        checkpoints.finished(wait=True)
 
 
 def overflowing() -> Experiment:

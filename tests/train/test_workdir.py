@@ -42,7 +42,7 @@ def bucket():
 
 
 def logged(workdir: Workdir, after: int, steps: range) -> None:
-    writers = Writers(workdir, after, 100, active=True)
+    writers = Writers(workdir, after, 100)
     for step in steps:
         writers.write(step, {"loss": 1.0 / step})
     writers.close()

@@ -53,6 +53,11 @@ FAULTS = {
         ("--experiment=moe_tiny", "--coordinator=localhost:1", "--num_processes=2", "--process_id=2"),
         "--process_id=2",
     ),
+    "no slice": (("--experiment=moe_29b", "--mode=describe", "--topology=0xv5p-8"), "0xv5p-8", "at least 1"),
+    "slices over mesh": (("--experiment=moe_29b", "--mode=describe", "--topology=2xv5p-512"), "set mesh.data=2"),
+    "odd head": (("--experiment=moe_tiny", "--mode=describe", "--method.model.dim=100"), "head_dim 25"),
+    "no layers": (("--experiment=moe_tiny", "--mode=describe", "--method.model.layers.times=0"), "times=0"),
+    "no such home": (("--experiment=moe_tiny", "--workdir=~nobody-has-this-name/x"), "~nobody-has-this-name"),
     "topology while training": (("--experiment=moe_tiny", "--topology=v5p-8"), "--mode=describe"),
 }
 

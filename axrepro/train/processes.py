@@ -1,0 +1,37 @@
+"""What one process finds out, all processes act on: otherwise the others wait for it in a collective for ever."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import numpy as np
+
+from axrepro.errors import UserError
+
+T = TypeVar("T")
+_LENGTH = 2000  # bytes of an error's text that travel
+
+
+def on_first(action: Callable[[], T]) -> T | None:
+    """The result of `action` on process 0, and None on the others.
+
+    Raises:
+      UserError: on every process, if it was raised on process 0.
+    """
+    result, error = None, b""
+    if jax.process_index() == 0:
+        try:
+            result = action()
+        except UserError as raised:
+            if jax.process_count() == 1:
+                raise
+            error = str(raised).encode()[:_LENGTH] or b"unknown"
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        text = np.zeros(_LENGTH, np.uint8)
+        text[: len(error)] = np.frombuffer(error, np.uint8)
+        error = np.asarray(multihost_utils.broadcast_one_to_all(text)).tobytes().rstrip(b"\0")
+        if error:
+            raise UserError(error.decode(errors="replace"))
+    return result
