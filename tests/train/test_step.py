@@ -112,9 +112,9 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_it(tmp_path)
     state = first_state(program)
     (tmp_path / "checkpoints").rmdir()
     (tmp_path / "checkpoints").write_text("in the way")
+    save = lambda: checkpoints.save(state, {}) or checkpoints.finished(wait=True)
     with pytest.raises(UserError, match=r"saving checkpoint .*checkpoints/0 failed"):
-        checkpoints.save(state, {})
-        checkpoints.finished(wait=True)
+        save()
 
 
 def overflowing() -> Experiment:
