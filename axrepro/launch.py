@@ -6,7 +6,6 @@ Nothing heavy is imported before the platform is chosen, and a wrong input ends 
 import argparse
 import contextlib
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -134,8 +133,7 @@ def _config(args: argparse.Namespace, overrides: dict[str, str]):
     entry = registry.find(args.experiment, registry.index())
     slices = 1
     if args.topology:
-        count, slices = parse_topology(args.topology)
-        kind = re.sub(r"^\d+[x×]|-\d+$", "", args.topology.lower())
+        kind, count, slices = parse_topology(args.topology)
     else:
         devices = _devices()
         count, kind = len(devices), devices[0].device_kind

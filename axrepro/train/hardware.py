@@ -50,18 +50,12 @@ def slice_name(device_kind: str, num_devices: int) -> str:
     return f"{chip}-{num_devices * (CHIPS[chip].cores if chip in CHIPS else 1)}"
 
 
-def slice_devices(name: str) -> int:
-    """Number of chips in a slice by its public name, `2x` or `2×` in front for several slices.
+def parse_topology(name: str) -> tuple[str, int, int]:
+    """(kind of chip, chips in all, slices) of a public slice name; `2x` or `2×` in front stands for several slices.
 
     Raises:
       UserError: if the name is not of the form "v5p-1024".
     """
-    devices, _ = parse_topology(name)
-    return devices
-
-
-def parse_topology(name: str) -> tuple[int, int]:
-    """(chips in all, slices) of a public name; raises as `slice_devices` does."""
     match = re.fullmatch(r"(?:(\d+)[x×])?([a-z]+\w*)-(\d+)", name.lower())
     if not match or (match[2] not in CHIPS and match[2] != "cpu"):
         allowed = ", ".join([*CHIPS, "cpu"])
@@ -75,7 +69,7 @@ def parse_topology(name: str) -> tuple[int, int]:
             f"topology {name!r}: {match[2]} counts {cores} per chip, so COUNT must be a multiple of {cores}"
         )
     slices = int(match[1] or 1)
-    return slices * count // cores, slices
+    return match[2], slices * count // cores, slices
 
 
 def peak_flops(devices: Sequence) -> float | None:

@@ -122,12 +122,15 @@ def _run(program, state, batches: Batches, checkpoints, writers, preemption) -> 
         monitor.push(step, report)
         last, stop = step == settings.steps, preemption.asked(step)
         log = last or step % settings.log_every == 0
-        hold_out = last or (not stop and experiment.eval.every is not None and step % experiment.eval.every == 0)
+        hold_out = last or (experiment.eval.every is not None and step % experiment.eval.every == 0)
         save = last or stop or step % experiment.checkpoint.every == 0
         if log or hold_out or save:
             monitor.flush()
         if log:
             scalars = meter.scalars(step, report) | monitor.scalars()
+        if stop and hold_out:  # before the evaluation, which may outlast the grace period
+            checkpoints.save(state, batches.position())
+            report_saved(wait=True)
         if hold_out:
             scalars = (scalars if log else {}) | evaluate(state.params, None if last else experiment.eval.batches)
         if log or hold_out:

@@ -3,7 +3,7 @@
 import pytest
 
 from axrepro.errors import UserError
-from axrepro.train.hardware import chip_name, slice_devices, slice_name
+from axrepro.train.hardware import chip_name, parse_topology, slice_name
 
 
 @pytest.mark.parametrize(
@@ -20,11 +20,11 @@ from axrepro.train.hardware import chip_name, slice_devices, slice_name
 )
 def test_a_slice_is_named_by_its_devices_and_the_name_says_how_many(kind, devices, name):
     assert slice_name(kind, devices) == name
-    assert slice_devices(name) == devices
+    assert parse_topology(name) == (name.split("-")[0], devices, 1)
 
 
 def test_several_slices_multiply():
-    assert slice_devices("4xv5p-1024") == slice_devices("4×v5p-1024") == 4 * 512
+    assert parse_topology("4xv5p-1024") == parse_topology("4×v5p-1024") == ("v5p", 4 * 512, 4)
 
 
 def test_an_unknown_device_keeps_its_name():
@@ -34,4 +34,4 @@ def test_an_unknown_device_keeps_its_name():
 @pytest.mark.parametrize("name", ["v9-8", "v5p", "v5p-", "v5p-9", "x2v5p-8", ""])
 def test_other_names_are_errors(name):
     with pytest.raises(UserError):
-        slice_devices(name)
+        parse_topology(name)
