@@ -129,6 +129,7 @@ def _config(args: argparse.Namespace, overrides: dict[str, str]):
     from axrepro.core.config import override
     from axrepro.train.experiment import on_hardware
     from axrepro.train.hardware import parse_topology, slice_name
+    from axrepro.train.lint import require_clean
 
     entry = registry.find(args.experiment, registry.index())
     slices = 1
@@ -138,9 +139,10 @@ def _config(args: argparse.Namespace, overrides: dict[str, str]):
         devices = _devices()
         count, kind = len(devices), devices[0].device_kind
     where = slice_name(kind, count)  # the name that the mesh rules see, on the hardware and before it is there
-    experiment, rule = on_hardware(registry.load(entry), where)
+    original = registry.load(entry)
+    experiment, rule = on_hardware(original, where)
     experiment = override(experiment, overrides)
-    experiment.mesh.sizes(count, slices)  # raises if they do not fit
+    require_clean(original, experiment, where, experiment.mesh.sizes(count, slices), tuple(overrides))
     return entry.name, experiment, where, count, rule
 
 

@@ -4,7 +4,9 @@ Aux trees mirror the nesting of the params. Every mean is kept as (total, count)
 and evaluation batches merge exactly by adding both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,6 +25,19 @@ def _mean_parts(values, mask, weight):
     return weight * jnp.where(mask > 0, values * mask, 0).sum(), mask.sum()
 
 
+_observer: ContextVar[Callable[[jax.Array], jax.Array] | None] = ContextVar("observer", default=None)
+
+
+@contextmanager
+def observing_losses(observer: Callable[[jax.Array], jax.Array]) -> Iterator[None]:
+    """Passes the total of every `Loss.mean` made meanwhile through `observer`, so that it can be found again."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Loss:
@@ -38,7 +53,9 @@ class Loss:
     @classmethod
     def mean(cls, values, mask=None, weight: float = 1.0) -> "Loss":
         """The mean of `values` over the positions where `mask` is True (or by the mask's weights), times `weight`."""
-        return cls(*_mean_parts(values, mask, weight))
+        total, count = _mean_parts(values, mask, weight)
+        observer = _observer.get()
+        return cls(total if observer is None else observer(total), count)
 
 
 @jax.tree_util.register_dataclass

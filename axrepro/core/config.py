@@ -217,7 +217,7 @@ def swap(tree: T, kind: type, change: Callable[[Any], Any], where: str = "**") -
     Args:
       where: glob of the paths to change, written with slashes (`method/model/**`).
     Raises:
-      UserError: if nothing matched: a change that never applies is a mistake.
+      UserError: if nothing matched or nothing became different: a change that never applies is a mistake.
     """
     from axrepro.core.tree import matches
 
@@ -237,6 +237,8 @@ def swap(tree: T, kind: type, change: Callable[[Any], Any], where: str = "**") -
     result = visit(tree, "")
     if not done:
         raise UserError(f"swap found no {kind.__name__} at {where!r} in {type(tree).__name__}")
+    if result == tree:
+        raise UserError(f"swap changed nothing: each {kind.__name__} at {where!r} came back as it was ({done[0]})")
     return result
 
 

@@ -117,6 +117,8 @@ class Rules:
             for name in names:
                 if name not in known:
                     raise UserError(f"the rule {axis}={names!r} has no mesh axis {name!r}; {nearest(name, known)}")
+                if names.count(name) > 1:
+                    raise UserError(f"the rule {axis}={names!r} uses the mesh axis {name!r} twice")
 
     def spec(self, axes: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
         """The partition of a tensor.
@@ -154,6 +156,11 @@ class Rules:
         while entries and entries[-1] is None:
             entries.pop()
         return PartitionSpec(*entries)
+
+    def check(self, axes: Sequence[str | None]) -> None:
+        """Raises UserError for a logical axis without a rule, or two that need one mesh axis, on whatever mesh."""
+        names = [f.name for f in fields(MeshShape)]
+        self.spec(axes, [2 ** len(names)] * len(axes), dict.fromkeys(names, 2))
 
     def replace(self, **axes: tuple[str, ...]) -> "Rules":
         """The table with entries changed: `rules.replace(embed=("fsdp",))`.

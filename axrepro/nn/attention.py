@@ -9,10 +9,10 @@ from jaxtyping import Array, Float
 from axrepro.core.context import Context
 from axrepro.core.interfaces import Layer
 from axrepro.core.param import linear, vector
+from axrepro.core.remat import tag
 from axrepro.errors import UserError
 from axrepro.kernels.attention import Implementation, Mask, attention
 from axrepro.nn.linear import matmul
-from axrepro.nn.remat import tag
 from axrepro.nn.rope import RoPE
 
 

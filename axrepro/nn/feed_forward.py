@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 from axrepro.core.context import Context
 from axrepro.core.interfaces import Layer
 from axrepro.core.param import linear, vector
+from axrepro.core.remat import tag
 from axrepro.nn.linear import matmul
-from axrepro.nn.remat import tag
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"]
 ACTIVATIONS: dict[str, Callable] = {

@@ -20,8 +20,8 @@ from axrepro.core.aux import Loss, Metric
 from axrepro.core.context import Context
 from axrepro.core.interfaces import Layer
 from axrepro.core.param import linear, stack
+from axrepro.core.remat import tag
 from axrepro.errors import UserError
-from axrepro.nn.remat import tag
 
 
 @jax.tree_util.register_dataclass

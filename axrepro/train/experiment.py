@@ -28,7 +28,7 @@ class Train:
       log_every: steps between logged lines.
       grad_accumulation: microbatches per step; the gradient is that of the whole batch.
       dtype: compute type; parameters stay in float32.
-      remat: which activations are kept for the backward pass, see `axrepro.nn.remat`.
+      remat: which activations are kept for the backward pass, see `axrepro.core.remat`.
       not_finite: "stop" ends the run at a step whose loss or gradients are inf or nan, "skip" leaves that step out (and
         stops after `max_skips` in a row). Either way such a step changes no parameter.
       compiler_options: XLA flags for the step, (name, value) pairs.
@@ -97,6 +97,12 @@ class MeshRule:
     match: str
     changes: tuple[tuple[str, Any], ...]
 
+    def __post_init__(self):
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise UserError(f"mesh rule match={self.match!r} is no regular expression: {error}") from None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
@@ -106,6 +112,7 @@ class Experiment:
       method: the objective, which holds the models.   data: where batches come from.
       rules: logical axes to mesh axes.   mesh: devices per mesh axis.
       mesh_rules: changes for particular hardware; the first match applies, before those of the command line.
+      allow: findings of `axrepro.train.lint` that are meant: a kind, or kind:path with globs ("replicated:embed/*").
     """
 
     method: Method
@@ -117,6 +124,7 @@ class Experiment:
     mesh: MeshShape = MeshShape()
     mesh_rules: tuple[MeshRule, ...] = ()
     rules: Rules = Rules()
+    allow: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.data.batch_size % self.train.grad_accumulation:

@@ -47,17 +47,35 @@ def tag(x: jax.Array, name: str) -> jax.Array:
     return checkpoint_name(x, name)
 
 
+def policy_of(text: str) -> Policy | None:
+    """The policy of a name in `POLICIES`, or one written out: `save:q,k,v`, `offload:q`, `save:q,k+offload:v`.
+
+    Raises:
+      UserError: for an unknown policy, with the nearest one.
+    """
+    if text in POLICIES:
+        return POLICIES[text]
+    chosen: dict[str, tuple[str, ...]] = {}
+    for part in text.split("+"):
+        where, colon, names = part.partition(":")
+        listed = tuple(name.strip() for name in names.split(",") if name.strip())
+        if not colon or where not in ("save", "offload") or where in chosen or not listed:
+            raise UserError(
+                f"unknown remat policy {text!r} (train.remat); {nearest(text, POLICIES)} (or names: save:q,k+offload:v)"
+            )
+        chosen[where] = listed
+    return Policy(**chosen)
+
+
 def rematerialised(fn: Callable, policy: str, in_scan: bool) -> Callable:
-    """`fn` with its residuals chosen by the policy of this name.
+    """`fn` with its residuals chosen by a policy, see `policy_of`.
 
     Args:
       in_scan: whether it runs inside a scan, where XLA cannot merge the recomputation away again.
     Raises:
       UserError: for an unknown policy, with the nearest one.
     """
-    if policy not in POLICIES:
-        raise UserError(f"unknown remat policy {policy!r} (train.remat); {nearest(policy, POLICIES)}")
-    chosen = POLICIES[policy]
+    chosen = policy_of(policy)
     if chosen is None:
         return fn
     rules = jax.checkpoint_policies
