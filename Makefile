@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow lint clean
+.PHONY: help setup train test test-slow lint clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -24,6 +24,8 @@ help:  ## what there is to make
 	@echo "installing what the tests need"
 	@$(PIP) --requirement requirements-dev.lock
 	@touch $@
+
+setup: .venv/dev.stamp  ## the environment alone, with what the tests need
 
 train: .venv/core.stamp  ## train moe_tiny on the standard library's text, and compare it with n-gram models
 	@$(BIN)/python -m axrepro.quickstart
