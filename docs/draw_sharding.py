@@ -60,9 +60,7 @@ def main() -> None:
         for axes, tensor in zip(row, TENSORS, strict=True):
             draw(axes, mesh, tensor)
         row[0].annotate(name, (-0.45, 0.5), xycoords="axes fraction", rotation=90, va="center", fontweight="bold")
-    figure.suptitle(
-        "Which of eight devices hold which part. Several numbers: a copy on each; a bar: split along a further dimension"
-    )
+    figure.suptitle("Which of eight devices hold which part. Several numbers: a copy on each; a bar: split further")
     figure.savefig(Path(__file__).with_name("sharding.png"), dpi=80)
 
 
