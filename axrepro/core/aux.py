@@ -81,6 +81,7 @@ class Update:
 
 
 Tag = TypeVar("Tag", Loss, Metric, Update)
+Mean = TypeVar("Mean", Loss, Metric)
 
 
 def collect(aux: Mapping, tag: type[Tag]) -> dict[str, Tag]:
@@ -96,7 +97,7 @@ def collect(aux: Mapping, tag: type[Tag]) -> dict[str, Tag]:
     return {path: leaf for path, leaf in flat.items() if isinstance(leaf, tag)}
 
 
-def summed(parts: Loss | Metric) -> Loss | Metric:
+def summed(parts: Mean) -> Mean:
     """Stacked totals and counts (layers, microbatches) added up to scalars."""
     return type(parts)(jnp.sum(parts.total), jnp.sum(parts.count))
 
