@@ -7,8 +7,9 @@ import jaxtyping
 import numpy as np
 import pytest
 
-# before the first import of axrepro, so none stands at the top of this file; the workers of xdist read it too
-jaxtyping.install_import_hook("axrepro", "beartype.beartype")
+# before the first import of axrepro, so none stands at the top of this file; the workers of xdist read it too. An int
+# passes for a float (PEP 484)
+jaxtyping.install_import_hook("axrepro", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # tiny programs run once, so their time is that of code generation; XLA's passes over the whole program still run
