@@ -128,7 +128,7 @@ def test_rows_are_dealt_out_so_that_every_device_splits_its_own():
         split_batch(batch, 3, Context())
 
 
-def test_the_gradient_tree_has_the_structure_of_the_params(batch, unchecked):
+def test_the_gradient_tree_has_the_structure_of_the_params(batch):
     params = init_params(DENSE.specs(), jax.random.key(0))
     grads, aux = jax.eval_shape(
         lambda params, batch: accumulated_gradients(DENSE.loss, params, batch, Context(), 2), params, batch

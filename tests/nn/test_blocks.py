@@ -213,7 +213,7 @@ def test_an_unknown_policy_is_an_error_with_the_nearest_name():
         BLOCK.apply(init_params(BLOCK.specs(DIM), jax.random.key(0)), X, Context(remat="ful"))
 
 
-def test_aux_mirrors_the_parameters(unchecked):
+def test_aux_mirrors_the_parameters():
     stack = STACKS["moe"]
     aux = jax.eval_shape(lambda params: stack.apply(params, X, Context())[1], abstract_params(stack.specs(DIM)))
     assert {path.rsplit("/", 1)[0] for path in flatten(aux)} == {"ffn/router"}
