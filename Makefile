@@ -36,8 +36,10 @@ test: .venv/dev.stamp  ## the default test suite
 test-slow: .venv/dev.stamp  ## the long tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
-lint: .venv/dev.stamp  ## style and common mistakes
+lint: .venv/dev.stamp  ## style, common mistakes and types
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 clean:  ## remove the environment; runs stay
 	@rm -rf .venv

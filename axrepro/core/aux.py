@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from axrepro.core.tree import fill, flatten, unflatten
+
+Leaf = TypeVar("Leaf")  # an array, or what stands for one: under `jax.eval_shape` a ShapeDtypeStruct
 
 
 def _mean_parts(values, mask, weight):
@@ -40,15 +42,15 @@ def observing_losses(observer: Callable[[jax.Array], jax.Array]) -> Iterator[Non
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Loss:
+class Loss(Generic[Leaf]):
     """A term of the objective, `total / count`, its weight already in `total`.
 
     Losses of one name (the last part of their path) are one term: their totals and counts add up before the division.
     So a balance loss that eight layers return is averaged over the eight, whether they are scanned or written out.
     """
 
-    total: jax.Array
-    count: jax.Array
+    total: Leaf
+    count: Leaf
 
     @classmethod
     def mean(cls, values, mask=None, weight: float = 1.0) -> "Loss":
@@ -60,11 +62,11 @@ class Loss:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Metric:
+class Metric(Generic[Leaf]):
     """A reported mean, `total / count`. Its name in the logs is its path."""
 
-    total: jax.Array
-    count: jax.Array
+    total: Leaf
+    count: Leaf
 
     @classmethod
     def mean(cls, values, mask=None) -> "Metric":
@@ -74,13 +76,14 @@ class Metric:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Update:
+class Update(Generic[Leaf]):
     """The new value of the parameter at its path, whose `role` is "updated" (router bias, EMA teacher, codebook)."""
 
-    value: jax.Array
+    value: Leaf
 
 
 Tag = TypeVar("Tag", Loss, Metric, Update)
+Mean = TypeVar("Mean", Loss, Metric)
 
 
 def collect(aux: Mapping, tag: type[Tag]) -> dict[str, Tag]:
@@ -96,7 +99,7 @@ def collect(aux: Mapping, tag: type[Tag]) -> dict[str, Tag]:
     return {path: leaf for path, leaf in flat.items() if isinstance(leaf, tag)}
 
 
-def summed(parts: Loss | Metric) -> Loss | Metric:
+def summed(parts: Mean) -> Mean:
     """Stacked totals and counts (layers, microbatches) added up to scalars."""
     return type(parts)(jnp.sum(parts.total), jnp.sum(parts.count))
 

@@ -52,7 +52,7 @@ def to_config_dict(tree) -> ConfigDict:
     return cfg.lock()
 
 
-def from_config_dict(template: T, cfg: Mapping, path: str = "") -> T:
+def from_config_dict(template: T, cfg: ConfigDict, path: str = "") -> T:
     """The template with the values of `cfg`. Classes come from the template alone: nothing is imported or evaluated.
 
     Raises:
@@ -78,7 +78,7 @@ def from_config_dict(template: T, cfg: Mapping, path: str = "") -> T:
     return _rebuild(template, values, path)
 
 
-def _rebuild(template, values: dict[str, Any], path: str):
+def _rebuild(template, values: dict[str, Any], path: str) -> Any:
     if not _is_node(template):
         return tuple(values[str(i)] for i in range(len(template)))
     try:
@@ -125,7 +125,8 @@ def _fits(value, hint) -> bool:
 
 
 def _checked(value, hint, path: str):
-    value = tuple(value) if isinstance(value, list) else value
+    if isinstance(value, list):
+        return _checked(tuple(value), hint, path)
     if not _fits(value, hint):
         raise UserError(f"{path}={value!r} has the wrong type; it takes {_type_name(hint)}")
     return float(value) if hint is float else value

@@ -37,7 +37,7 @@ def recording_reads(tree) -> Iterator[set[tuple[str, str]]]:
 
     by_id = {id(node): node for _, node in walk(tree)}
     for cls in names:
-        cls.__getattribute__ = recorder(cls)
+        cls.__getattribute__ = recorder(cls)  # pyrefly: ignore[bad-assignment]  # it becomes a method
     try:
         yield read
     finally:

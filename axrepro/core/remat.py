@@ -64,7 +64,7 @@ def policy_of(text: str) -> Policy | None:
                 f"unknown remat policy {text!r} (train.remat); {nearest(text, POLICIES)} (or names: save:q,k+offload:v)"
             )
         chosen[where] = listed
-    return Policy(**chosen)
+    return Policy(save=chosen.get("save", ()), offload=chosen.get("offload", ()))
 
 
 def rematerialised(fn: Callable, policy: str, in_scan: bool) -> Callable:

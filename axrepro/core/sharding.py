@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import jax
 import numpy as np
@@ -198,7 +199,7 @@ def shard_bytes(shape: Sequence[int], itemsize: int, partition: PartitionSpec, s
     return math.prod(shape) * itemsize // ways
 
 
-def named(mesh: Mesh, partitions) -> object:
+def named(mesh: Mesh, partitions) -> Any:
     """NamedSharding for every PartitionSpec in a tree."""
     is_spec = lambda leaf: isinstance(leaf, PartitionSpec)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partitions, is_leaf=is_spec)

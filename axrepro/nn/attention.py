@@ -66,7 +66,7 @@ class Attention(Layer):
         head_dim, heads, kv_heads = self._head_dim(dim), self.num_heads, self.kv_heads
         if self.rope is not None:
             self.rope.frequencies(head_dim)  # raises if it cannot rotate this many
-        specs = {
+        specs: dict = {
             "q": linear((dim, heads, head_dim), ("embed", "heads", "head_dim"), fan_in=dim),
             "k": linear((dim, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), fan_in=dim),
             "v": linear((dim, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), fan_in=dim),

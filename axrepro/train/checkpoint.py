@@ -16,7 +16,7 @@ from axrepro.train.workdir import Workdir
 class Saved:
     """A restored checkpoint."""
 
-    state: TrainState
+    state: TrainState[jax.Array]
     data_position: dict
 
 
@@ -54,7 +54,9 @@ class Checkpoints:
             enable_async_checkpointing=not read_only,
         )
         try:
-            handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "opt_state", "train")}
+            handlers: dict[str, ocp.CheckpointHandler] = {
+                name: ocp.StandardCheckpointHandler() for name in ("params", "opt_state", "train")
+            }
             handlers["data"] = ocp.JsonCheckpointHandler()
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         except (OSError, ValueError) as error:
@@ -64,7 +66,7 @@ class Checkpoints:
         """The newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, data_position: dict) -> None:
+    def save(self, state: TrainState[jax.Array], data_position: dict) -> None:
         """Starts saving in the background, after the previous save has ended."""
         step = int(state.step)
         if step == self.latest_step() or step == self._pending:
@@ -101,14 +103,13 @@ class Checkpoints:
         step, self._pending = self._pending, None
         return step
 
-    def restore(self, abstract: TrainState, step: int | None = None) -> Saved:
+    def restore(self, abstract: TrainState[jax.ShapeDtypeStruct], step: int | None = None) -> Saved:
         """A checkpoint, laid out as `abstract` says, whatever mesh it was saved on.
 
         Raises:
           UserError: if there is none, it is damaged, or it is of another model or optimizer. The disk stays as it is.
         """
-        step = self.latest_step() if step is None else step
-        self._check_exists(step)
+        step = self._existing(step)
         items = _items(abstract)
         for name, item in items.items():
             self._check_matches(step, name, item)
@@ -118,15 +119,14 @@ class Checkpoints:
         except Exception as error:
             raise self._damaged(step, error) from error
         key = jax.jit(jax.random.wrap_key_data, out_shardings=abstract.key.sharding)(out["train"]["key"])
-        state = TrainState(out["train"]["step"], out["params"], out["opt_state"], key)
+        state: TrainState[jax.Array] = TrainState(out["train"]["step"], out["params"], out["opt_state"], key)
         if int(jax.device_get(state.step)) != step:
             raise self._damaged(step, ValueError(f"it holds step {int(state.step)}"))
         return Saved(state, out["data"])
 
     def restore_params(self, abstract: dict, step: int | None = None) -> tuple[dict, int]:
         """The params alone, and their step. Raises as `restore` does."""
-        step = self.latest_step() if step is None else step
-        self._check_exists(step)
+        step = self._existing(step)
         self._check_matches(step, "params", abstract)
         try:
             args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
@@ -134,11 +134,13 @@ class Checkpoints:
         except Exception as error:
             raise self._damaged(step, error) from error
 
-    def _check_exists(self, step: int | None) -> None:
+    def _existing(self, step: int | None) -> int:
+        step = self.latest_step() if step is None else step
         steps = sorted(self._manager.all_steps())
         if step is None or step not in steps:
             have = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
             raise UserError(f"no checkpoint {'' if step is None else f'{step} '}in {self.folder}; {have}")
+        return step
 
     def _check_matches(self, step: int, name: str, item: dict) -> None:
         try:

@@ -320,6 +320,7 @@ def _read_in_source(cls: type) -> frozenset[str]:
     names: set[str] = set()
     for module in {inspect.getmodule(base) for base in cls.__mro__ if base is not object}:
         try:
+            # pyrefly: ignore[bad-argument-type]  # None, of a class without a module, raises TypeError
             tree = ast.parse(inspect.getsource(module))
         except (OSError, TypeError):
             return frozenset(field.name for field in fields(cls))  # typed into a prompt: there is no source to read

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +19,25 @@ from axrepro.errors import UserError
 from axrepro.optim import state_partitions
 from axrepro.train.experiment import Experiment
 
+Leaf = TypeVar("Leaf")
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class TrainState:
+class TrainState(Generic[Leaf]):
     """Everything that a checkpoint holds, but the data position.
+
+    Its leaves are arrays, or what stands for them: ShapeDtypeStructs, PartitionSpecs, NamedShardings.
 
     Attributes:
       step: int32, steps taken.   params: all parameters, whatever their role.
       opt_state: optimizer state by phase.   key: the run's random key; step k uses fold_in(key, k).
     """
 
-    step: jax.Array
+    step: Leaf
     params: dict
     opt_state: dict
-    key: jax.Array
+    key: Leaf
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +51,13 @@ class Program:
     experiment: Experiment
     mesh: Mesh | None
     platform: str
+
+    @property
+    def run_mesh(self) -> Mesh:
+        """The mesh. Raises ValueError where nothing is to run."""
+        if self.mesh is None:
+            raise ValueError("this program has no mesh: it can be described, but not run")
+        return self.mesh
 
     @cached_property
     def specs(self) -> dict:
@@ -88,7 +100,7 @@ class Program:
             mesh=self.mesh,
         )
 
-    def init(self, seed: int) -> TrainState:
+    def init(self, seed: int) -> TrainState[jax.Array]:
         """The first state; pure, to be run under jit with `shardings` as output."""
         key = jax.random.key(seed)
         params = init_params(self.specs, jax.random.fold_in(key, 0))
@@ -99,7 +111,7 @@ class Program:
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.random.fold_in(key, 1))
 
     @cached_property
-    def abstract_state(self) -> TrainState:
+    def abstract_state(self) -> TrainState[jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the state, with their shardings; no array is made."""
         shapes = jax.eval_shape(self.init, 0)
         return jax.tree.map(
@@ -109,22 +121,22 @@ class Program:
         )
 
     @cached_property
-    def partitions(self) -> TrainState:
+    def partitions(self) -> TrainState[PartitionSpec]:
         """A PartitionSpec per leaf of the state."""
-        return state_layout(self, dict(self.mesh.shape))
+        return state_layout(self, dict(self.run_mesh.shape))
 
     @cached_property
-    def shardings(self) -> TrainState:
+    def shardings(self) -> TrainState[NamedSharding]:
         """A NamedSharding per leaf of the state."""
-        return named(self.mesh, self.partitions)
+        return named(self.run_mesh, self.partitions)
 
     @property
     def replicated(self) -> NamedSharding:
         """Whole on every device: what scalars for the host need."""
-        return NamedSharding(self.mesh, PartitionSpec())
+        return NamedSharding(self.run_mesh, PartitionSpec())
 
 
-def state_layout(program: Program, sizes: Mapping[str, int]) -> TrainState:
+def state_layout(program: Program, sizes: Mapping[str, int]) -> TrainState[PartitionSpec]:
     """A PartitionSpec per leaf of the state on a mesh of these sizes; the optimizer state lies like its parameters."""
     params = param_partitions(program.specs, program.experiment.rules, sizes)
     opt_state = {}

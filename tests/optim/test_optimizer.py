@@ -381,7 +381,7 @@ RATE = Constant(value=0.1)
         ),
     ],
 )
-def test_refused_value_is_named_with_its_field(make, message):
+def test_refused_value_is_named_with_its_field(make, message, unchecked):
     with pytest.raises(UserError) as error:
         make()
     assert str(error.value).startswith(message)
