@@ -208,7 +208,8 @@ def _explain(entry, hardware: tuple[str, int, int], overrides: dict[str, str], p
     from axrepro.train.explain import construct, explain
 
     history = construct(lambda: registry.load(entry), registry.folder(), entry.name)
-    return explain(path.removeprefix("experiment").removeprefix("."), history, hardware[0], overrides)
+    path = "" if path == "experiment" else path.removeprefix("experiment.")
+    return explain(path, history, hardware[0], overrides)
 
 
 def _diff(old, new, hardware: tuple[str, int, int], overrides: dict[str, str]) -> str:

@@ -15,6 +15,10 @@ jax.config.update("jax_disable_most_optimizations", True)
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--goldens", action="store_true", help="write the golden files (make goldens)")
+
+
 @pytest.fixture
 def assert_close():
     """Whether arrays, or all leaves of nested dicts, agree: norm of the difference over norm of the desired value."""

@@ -26,13 +26,14 @@ def describe(
 
 def summary(e: Effect) -> dict[str, str]:
     """The figures of an effect, by what they are."""
+    all_kinds = _bytes(sum(e.bytes_per_device.values()))
     per_device = ", ".join(f"{kind} {_bytes(size)}" for kind, size in e.bytes_per_device.items())
     return {
         "parameters": f"{e.total:,} total, {e.active:,} active per {e.unit.removesuffix('s')}",
         "per step": f"{e.units:,} {e.unit}, {e.flops.causal / 1e12:,.4g} TFLOP (attention as masked), "
         f"{e.flops.full / 1e12:,.4g} (whole attention matrix)",
         "mesh": ", ".join(f"{axis} {size}" for axis, size in e.mesh.items()),
-        "bytes per device": f"{per_device}; {_bytes(sum(e.bytes_per_device.values()))} in all, activations not included",
+        "bytes per device": f"{per_device}; {all_kinds} in all, activations not included",
     }
 
 

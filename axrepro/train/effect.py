@@ -26,7 +26,7 @@ class Parameter:
     """One parameter; those of stacked layers are one, with the layers as a leading axis.
 
     Attributes:
-      shape: unsharded.   axes: a logical axis per dimension.   partition: the mesh axes that each dimension is split over.
+      shape: unsharded.   axes: a logical axis per dimension.   partition: mesh axes that split each.
     """
 
     shape: tuple[int, ...]
@@ -47,7 +47,7 @@ class Effect:
       slice_name: public name of the hardware.   mesh: devices per mesh axis.
       parameters: by path.   total, active: elements in all, and those that one token uses.
       unit, units: what a batch counts ("tokens" or "examples"), and how many.   flops: of one train step.
-      bytes_per_device: what one device holds between steps, by kind; activations come on top and depend on the compiler.
+      bytes_per_device: what one device holds between steps, by kind; activations come on top, as compiled.
       losses, metrics, updates: paths of what the loss of each phase returns; in `updates` they are parameters.
     """
 

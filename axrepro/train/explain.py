@@ -131,7 +131,7 @@ def _constructed(path: str, history: History) -> tuple[list[str], bool]:
 
 
 def _default(tree, path: str) -> str | None:
-    """The class default that the value at `path` equals, its own or that of a group around it; None if there is none."""
+    """The class default that the value at `path` equals, its own or that of a group around it, if any."""
     parts = path.split(".")
     for end in range(len(parts), 0, -1):
         node = lookup(tree, ".".join(parts[: end - 1])) if end > 1 else tree
