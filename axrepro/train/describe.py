@@ -107,10 +107,11 @@ def merged(rows: Mapping[str, str]) -> list[str]:
     """A line per path and value; paths that differ in their first number alone, as blocks do, share one."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for path, value in rows.items():
-        before, number, after = re.fullmatch(r"(?:(.*?/)??(\d+)(/.*))|.*", path).groups()
-        groups.setdefault((path, "", value) if number is None else (before or "", after, value), []).append(number)
+        numbered = re.fullmatch(r"(.*?/)??(\d+)(/.*)", path)
+        before, number, after = numbered.groups() if numbered else (path, "", "")
+        groups.setdefault((before or "", after, value), []).append(number)
     lines = []
     for (before, after, value), numbers in groups.items():
-        index = "" if numbers == [None] else numbers[0] if len(numbers) == 1 else f"{{{','.join(numbers)}}}"
+        index = numbers[0] if len(numbers) == 1 else f"{{{','.join(numbers)}}}"
         lines.append(f"{before}{index}{after} {value}".rstrip())
     return lines

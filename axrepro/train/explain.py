@@ -95,10 +95,9 @@ def explain(path: str, history: History, slice_name: str, overrides: Mapping[str
     blocks = []
     for leaf, value in found.items():
         lines, default = _constructed(leaf, history)
-        if leaf in changes:
-            lines.append(
-                f"mesh rule {rule.match!r} ({slice_name}): {_step(lookup(original, leaf), lookup(ruled, leaf))}"
-            )
+        if rule and leaf in changes:
+            step = _step(lookup(original, leaf), lookup(ruled, leaf))
+            lines.append(f"mesh rule {rule.match!r} ({slice_name}): {step}")
         if leaf in overrides:
             lines.append(f"command line: {_step(lookup(ruled, leaf), value)}")
         if leaf == path or not default or len(lines) > 1:
@@ -147,6 +146,6 @@ def _declared(cls: type, field: str) -> str:
     """File and line where a dataclass field is declared."""
     owner = next(c for c in cls.__mro__ if field in inspect.get_annotations(c))
     lines, first = inspect.getsourcelines(owner)
-    (body,) = ast.parse(textwrap.dedent("".join(lines))).body
-    line = next(s.lineno for s in body.body if isinstance(s, ast.AnnAssign) and ast.unparse(s.target) == field)
-    return f"{_short(inspect.getsourcefile(owner))}:{first + line - 1}"
+    nodes = ast.walk(ast.parse(textwrap.dedent("".join(lines))))
+    line = next(n.lineno for n in nodes if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == field)
+    return f"{_short(inspect.getfile(owner))}:{first + line - 1}"
