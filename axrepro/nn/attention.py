@@ -131,6 +131,7 @@ class Attention(Layer):
         return NamedSharding(ctx.mesh, spec)
 
     def attention_flops(self, dim: int, length: int, full: bool) -> float:
+        # memory that cross-attention reads counts as long as the queries
         window = length if self.mask.window is None else min(length, self.mask.window)
         keys = length if full or not self.mask.causal else window * (1 - window / (2 * length))
         return 2 * 2.0 * keys * self.num_heads * self._head_dim(dim)

@@ -53,13 +53,15 @@ def describe(name: str, experiment: Experiment, slice_name: str, num_devices: in
     sizes = experiment.mesh.sizes(num_devices)
     per_device = bytes_per_device(experiment, num_devices)
     tokens = math.prod(data["tokens"]) if "tokens" in data else experiment.data.batch_size
+    unit = "token" if "tokens" in data else "example"
     lines = [
         f"{name}: Experiment",
         describe_tree(experiment, "  "),
         "",
         f"parameters      {count_params(specs):,} total, {count_params(specs, active=True):,} active per token",
-        f"per step        {tokens:,} {'tokens' if 'tokens' in data else 'examples'}, "
+        f"per step        {tokens:,} {unit}s, "
         f"{flops.causal / 1e12:,.4g} TFLOP (attention as masked), {flops.full / 1e12:,.4g} (whole attention matrix)",
+        f"per {unit:11} {flops.causal / tokens / 1e9:,.4g} GFLOP, {flops.full / tokens / 1e9:,.4g} in full",
         f"hardware        {slice_name}: {num_devices} devices, "
         + (f"mesh rule {rule.match!r}" if rule else "no mesh rule for it, the experiment's own settings"),
         "mesh            " + ", ".join(f"{axis} {size}" for axis, size in sizes.items()),
