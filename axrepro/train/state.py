@@ -83,6 +83,7 @@ class Program:
             phase=phase,
             dtype=settings.dtype,
             remat=settings.remat if train else "none",
+            products=settings.products,
             platform=self.platform,
             rules=self.experiment.rules,
             mesh=self.mesh,
