@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from axrepro.core.products import Products
 from axrepro.core.sharding import Rules
 
 _static = {"static": True}
@@ -26,6 +27,7 @@ class Context:
       train: whether this is a training step (dropout, capacity).
       phase: the name of the update phase, where a method has several.
       dtype: compute type.   remat: name of the rematerialisation policy, see `axrepro.core.remat`.
+      products: the format of products with weights.
       in_scan: whether this is the body of a loop, out of which XLA cannot merge equal computations.
       platform: "cpu", "gpu" or "tpu", the platform compiled *for*: kernels are chosen by it.
       rules, mesh: the sharding table and the mesh; without a mesh nothing is constrained.
@@ -41,6 +43,7 @@ class Context:
     phase: str = field(default="train", metadata=_static)
     dtype: str = field(default="float32", metadata=_static)
     remat: str = field(default="none", metadata=_static)
+    products: Products = field(default=Products(), metadata=_static)
     in_scan: bool = field(default=False, metadata=_static)
     platform: str = field(default="cpu", metadata=_static)
     rules: Rules = field(default=Rules(), metadata=_static)

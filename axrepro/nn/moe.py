@@ -212,7 +212,7 @@ class MoE(Layer):
     def _experts(self, params, xe: Float[Array, "E N C D"], ctx: Context):
         keys = ctx.keys(self.num_experts)
         # the constraints above lay out the expert axis; inside, one expert sees only its own tokens
-        inner = replace(ctx, mesh=None, segment_ids=None, positions=None)
+        inner = replace(ctx, mesh=None, segment_ids=None, positions=None, products=ctx.products.in_experts())
 
         def one(params, x, key):
             return self.expert.apply(params, x, replace(inner, key=key))

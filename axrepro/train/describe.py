@@ -32,6 +32,8 @@ def summary(e: Effect) -> dict[str, str]:
         "parameters": f"{e.total:,} total, {e.active:,} active per {e.unit.removesuffix('s')}",
         "per step": f"{e.units:,} {e.unit}, {e.flops.causal / 1e12:,.4g} TFLOP (attention as masked), "
         f"{e.flops.full / 1e12:,.4g} (whole attention matrix)",
+        f"per {e.unit.removesuffix('s')}": f"{e.flops.causal / e.units / 1e9:,.4g} GFLOP, "
+        f"{e.flops.full / e.units / 1e9:,.4g} (whole attention matrix)",
         "mesh": ", ".join(f"{axis} {size}" for axis, size in e.mesh.items()),
         "bytes per device": f"{per_device}; {all_kinds} in all, activations not included",
     }

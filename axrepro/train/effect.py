@@ -12,7 +12,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from axrepro.core.aux import Loss, Metric, Update, collect
-from axrepro.core.interfaces import Flops
+from axrepro.core.flops import Flops
 from axrepro.core.param import Param, Role, abstract_params, count_params
 from axrepro.core.sharding import MeshShape, shard_bytes
 from axrepro.core.tree import flatten

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from axrepro.core.config import override
 from axrepro.core.interfaces import Method
+from axrepro.core.products import Products
 from axrepro.core.sharding import MeshShape, Rules
 from axrepro.data import Data
 from axrepro.errors import UserError
@@ -29,6 +30,7 @@ class Train:
       grad_accumulation: microbatches per step; the gradient is that of the whole batch.
       dtype: compute type; parameters stay in float32.
       remat: which activations are kept for the backward pass, see `axrepro.core.remat`.
+      products: products with weights in 8 bits, evaluation included; "exact" unless asked for.
       not_finite: "stop" ends the run at a step whose loss or gradients are inf or nan, "skip" leaves that step out (and
         stops after `max_skips` in a row). Either way such a step changes no parameter.
       compiler_options: XLA flags for the step, (name, value) pairs.
@@ -41,6 +43,7 @@ class Train:
     grad_accumulation: int = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: str = "none"
+    products: Products = Products()
     not_finite: Literal["stop", "skip"] = "stop"
     max_skips: int = 20
     compiler_options: tuple[tuple[str, str], ...] = ()

@@ -59,6 +59,7 @@ KINDS = {
     "mesh-rule": "a mesh rule that matches no hardware, comes after one that takes all of its, or changes nothing",
     "unread-field": "a field that was set and that nothing reads",
     "remat": "a rematerialisation policy, or a name in one, that matches no activation",
+    "products": "8-bit products that no layer of the model takes",
     "lost-loss": "a loss that a layer makes and that never reaches the total",
     "unused-parameter": "a trained parameter on which no loss depends",
     "no-update": 'a parameter of role "updated" that gets no Update',
@@ -186,6 +187,9 @@ def _traced(program: Program, overridden: tuple[str, ...]) -> list[Finding]:
             found.append(Finding("no-update", path, 'its role is "updated", but the method returns no Update', fix))
     found += watch.lost()
     found += _remat(experiment.train.remat, names, blocks)
+    if experiment.train.products.format != "exact" and "product" not in names:
+        fault = f"{experiment.train.products} applies to no product of this model"
+        found.append(Finding("products", "train.products", fault, "name parts that it has, or set the format to exact"))
     return found + _unread(experiment, read, overridden)
 
 

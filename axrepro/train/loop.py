@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jax
 
+from axrepro.core.flops import speeds
 from axrepro.core.interfaces import Method
 from axrepro.core.sharding import make_mesh
 from axrepro.data import Batches, prefetch
@@ -161,7 +162,7 @@ class Meter:
         self._units = (
             shapes["tokens"][0] * shapes["tokens"][1] if "tokens" in shapes else program.experiment.data.batch_size
         )
-        self._flops = program.experiment.method.flops(shapes).causal / program.run_mesh.size
+        self._flops, self._devices = program.experiment.method.flops(shapes), program.run_mesh.size
         self._peak = peak_flops(jax.devices())
         self._rates = program.experiment.optimizer.learning_rates(settings.steps)
 
@@ -173,9 +174,7 @@ class Meter:
         seconds = self.watch.lap(step)
         scalars["step_time_s"] = seconds
         scalars[f"{self._unit}_per_s"] = self._units / seconds
-        scalars["tflops_per_device"] = self._flops / seconds / 1e12
-        if self._peak is not None:
-            scalars["mfu"] = self._flops / seconds / self._peak
+        scalars |= speeds(self._flops, seconds, self._devices, self._peak)
         # the optimizer has seen step - 1 updates when it makes this one
         return scalars | {name: float(jax.device_get(rate(step - 1))) for name, rate in self._rates.items()}
 

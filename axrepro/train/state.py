@@ -95,12 +95,13 @@ class Program:
             phase=phase,
             dtype=settings.dtype,
             remat=settings.remat if train else "none",
+            products=settings.products,
             platform=self.platform,
             rules=self.experiment.rules,
             mesh=self.mesh,
         )
 
-    def init(self, seed: int) -> TrainState[jax.Array]:
+    def init(self, seed: int | jax.Array) -> TrainState[jax.Array]:
         """The first state; pure, to be run under jit with `shardings` as output."""
         key = jax.random.key(seed)
         params = init_params(self.specs, jax.random.fold_in(key, 0))

@@ -196,6 +196,12 @@ def test_a_remat_policy_of_which_no_name_matches_is_found():
     assert only(found(no_attention), "remat").path == "train.remat"
 
 
+def test_eight_bit_products_that_no_layer_takes_are_found():
+    dense = {"train.products.format": "int8", "train.products.parts": ("experts",)}
+    assert only(found(experiment(), overrides=dense), "products").path == "train.products"
+    assert found(experiment(), overrides=dense | {"train.products.parts": ("ffn",)}) == []
+
+
 def test_a_replicated_embedding_is_found_with_its_size():
     wide = override(experiment(), {"method.model.vocab_size": 100_000, "mesh.data": 1, "mesh.fsdp": -1})
     assert found(wide, "cpu-8") == []
