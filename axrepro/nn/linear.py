@@ -7,8 +7,8 @@ from jaxtyping import Array, Float
 
 from axrepro.core.context import Context
 from axrepro.core.products import Part
-from axrepro.nn.quantised import quantised_product
 from axrepro.core.remat import tag
+from axrepro.nn.quantised import quantised_product
 
 
 def matmul(

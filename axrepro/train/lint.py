@@ -253,12 +253,11 @@ class _Losses:
         return observing_losses(self._mark)
 
     def _mark(self, total: jax.Array) -> jax.Array:
-        frame = sys._getframe(2)  # the caller of Loss.mean
-        where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        frame = caller = sys._getframe(2)  # the caller of Loss.mean
         while frame is not None and id(frame.f_locals.get("self")) not in self._paths:
             frame = frame.f_back
-        path = self._paths[id(frame.f_locals["self"])] if frame is not None else "method"
-        name = f"{_MARK}{path} {where}"
+        path, frame = ("method", caller) if frame is None else (self._paths[id(frame.f_locals["self"])], frame)
+        name = f"{_MARK}{path} {Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
         self._made.add(name)
         return checkpoint_name(total, name)
 
