@@ -64,11 +64,12 @@ def describe(name: str, experiment: Experiment, slice_name: str, num_devices: in
         + (f"mesh rule {rule.match!r}" if rule else "no mesh rule for it, the experiment's own settings"),
         "mesh            " + ", ".join(f"{axis} {size}" for axis, size in sizes.items()),
         "bytes per device "
-        + ", ".join(f"{kind} {_bytes(size)}" for kind, size in per_device.items())
-        + f"; {_bytes(sum(per_device.values()))} in all, activations not included",
+        + ", ".join(f"{kind} {readable(size)}" for kind, size in per_device.items())
+        + f"; {readable(sum(per_device.values()))} in all, activations not included",
     ]
     return "\n".join(lines)
 
 
-def _bytes(size: int) -> str:
+def readable(size: int) -> str:
+    """Bytes as MiB or GiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.2f} MiB"
