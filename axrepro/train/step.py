@@ -50,9 +50,7 @@ def passes(program: Program, state: TrainState, batch: dict) -> Iterator[Pass]:
 
         grads, aux = method.gradients(loss, active, batch, ctx, settings.grad_accumulation)
         with jax.named_scope("optimizer"):
-            delta, opt_state[phase.name] = program.optimizers[phase.name].update(
-                grads, opt_state[phase.name], active
-            )
+            delta, opt_state[phase.name] = program.optimizers[phase.name].update(grads, opt_state[phase.name], active)
             params = fill(program.specs, optax.apply_updates(active, delta), rest)
             params = apply_updates(params, collect(aux, Update), program.specs)
         prefix = "" if len(program.phases) == 1 else f"{phase.name}/"

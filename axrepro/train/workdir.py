@@ -9,7 +9,12 @@ from etils import epath
 
 from axrepro.errors import UserError
 
-_KEPT = ("config*.json", "metrics.jsonl", "history.jsonl", "statistics.jsonl")  # what an earlier start left and this one goes on with
+_KEPT = (
+    "config*.json",
+    "metrics.jsonl",
+    "history.jsonl",
+    "statistics.jsonl",
+)  # what an earlier start left and this one goes on with
 _BUCKETS = ("gs://", "s3://", "az://")
 _SECONDS = 60.0  # between two uploads while training
 
