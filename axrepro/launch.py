@@ -213,7 +213,7 @@ def run(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`run` with errors told in words: exit code 2 for wrong input, 1 for a loss not finite, 3 for too little memory."""
+    """`run` with errors told in words: exit code 2 for wrong input, 1 for a loss not finite, 3 for lack of memory."""
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except UserError as error:

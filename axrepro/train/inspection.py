@@ -1,7 +1,7 @@
 """A step looked at from inside: statistics of every activation, gradient and update, by layer.
 
-It is a program of its own beside the train step, which thus stays the same to the last bit whether anybody looks or not.
-An inspection costs one step and one forward pass, and changes nothing.
+It is a program of its own beside the train step, which thus stays the same to the last bit whether anybody looks or
+not. An inspection costs one step and one forward pass, and changes nothing.
 """
 
 import functools
@@ -19,7 +19,6 @@ from axrepro.core.taps import Position, first_uses, tapped
 from axrepro.core.tree import flatten
 from axrepro.train.state import Program, TrainState
 from axrepro.train.step import Pass, passes
-
 
 KINDS = ("parameter", "batch", "activation", "loss", "gradient", "change", "update")
 """In the order in which a step makes them; a "change" is what the optimizer adds to a parameter."""
