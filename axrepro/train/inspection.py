@@ -57,7 +57,8 @@ def _look(x: jax.Array, stacked: int = 0) -> dict[str, jax.Array]:
 def inspect_step(program: Program, state: TrainState, batch: dict) -> list[Look]:
     """What the step from `state` with `batch` goes through, forward first. Pure."""
     specs = flatten(program.specs)
-    layers = {path: len(list(itertools.takewhile("layers".__eq__, spec.axes))) for path, spec in specs.items()}
+    stacked = lambda spec: len(list(itertools.takewhile(lambda axis: axis == "layers", spec.axes)))
+    layers = {path: stacked(spec) for path, spec in specs.items()}
     looks = [Look(0, "parameter", path, (), _look(x, layers[path])) for path, x in flatten(state.params).items()]
     floats = {name: x for name, x in batch.items() if jnp.issubdtype(x.dtype, jnp.floating)}
     looks += [Look(0, "batch", name, (), _look(x)) for name, x in floats.items()]

@@ -85,9 +85,9 @@ def draw(folder: Path) -> None:
     for axes, (group, quantity, title) in zip(grid, _PANELS, strict=True):
         columns, ticks, labels = [], [], []
         for name in names[group]:
-            cell = lambda line, name=name: np.ravel(np.asarray(line[group].get(name, {}).get(quantity, "nan"), float))
-            size = max(len(cell(line)) for line in lines)
-            block = np.stack([np.resize(cell(line), size) for line in lines], axis=1)
+            found = [line[group].get(name, {}).get(quantity, "nan") for line in lines]
+            block = np.stack(np.broadcast_arrays(*(np.ravel(np.asarray(value, float)) for value in found)), axis=1)
+            size = len(block)
             ticks.append(sum(map(len, columns)) + (size - 1) / 2)
             labels.append(name if size == 1 else f"{name} ({size})")
             columns.append(block)

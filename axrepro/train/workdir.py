@@ -26,7 +26,7 @@ class Workdir:
 
     Attributes:
       address: as it was given.   checkpoints: the folder for Orbax, absolute.
-      local: where config.json, metrics.jsonl, events/ and curve.png are written.
+      local: where config.json, metrics.jsonl, events/, curve.png and the like are written.
     """
 
     def __init__(self, address: str):
