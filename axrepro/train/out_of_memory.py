@@ -37,14 +37,9 @@ def explain(error: Exception, program: Program, compiled) -> OutOfMemoryError:
     asked = re.search(r"(?:allocating|allocate) ([\d.]+ ?\w*)", str(error))
     width = max(map(len, rows))
     train, mesh = experiment.train, dict(program.mesh.shape)
-    parts = next(
-        (
-            n
-            for n in range(train.grad_accumulation + 1, experiment.data.batch_size + 1)
-            if experiment.data.batch_size % n == 0
-        ),
-        None,
-    )
+    ways = mesh["data"] * mesh["fsdp"] * mesh["expert"]  # every microbatch is split over these
+    more = range(train.grad_accumulation + 1, experiment.data.batch_size // ways + 1)
+    parts = next((n for n in more if experiment.data.batch_size % (n * ways) == 0), None)
     remedies = []
     if train.remat != "full":
         remedies.append("--train.remat=full recomputes activations in the backward pass")
