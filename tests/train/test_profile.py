@@ -28,7 +28,7 @@ ENTRY %main (x: f32[8,8]) -> f32[8,8] {
 
 
 def planted(plane: str, line: str, named: bool) -> ProfileData:
-    """A while of 60 us around a product of 30 and an exponential of 20, a collective of 10 later, 20 idle, a copy of 10."""
+    """A loop of 60 us around a product of 30 and an exponential of 20, a collective of 10, 20 idle, a copy of 10."""
     names = {1: "while.4", 2: "fusion.7", 3: "exp.2", 4: "all-reduce.3", 5: "copy.5"}
     spans = [(1, 0, 60), (2, 5, 30), (3, 38, 20), (4, 60, 10), (5, 90, 10)]
     stat = lambda index: f"stats {{ metadata_id: 1 ref_value: {index + 10} }}" if named else ""
@@ -36,18 +36,18 @@ def planted(plane: str, line: str, named: bool) -> ProfileData:
         f"events {{ metadata_id: {i} offset_ps: {start * 10**6} duration_ps: {time * 10**6} {stat(i)} }}"
         for i, start, time in spans
     )
-    text = (lambda name: f"kernel_of_{name}") if named else (lambda name: f"%{name} = f32[8,8] something(%x)")
-    metadata = "".join(f'event_metadata {{ key: {i} value {{ id: {i} name: "{text(n)}" }} }}' for i, n in names.items())
+    of = (lambda name: f"kernel_of_{name}") if named else (lambda name: f"%{name} = f32[8,8] something(%x)")
+    metadata = "".join(
+        f'event_metadata {{ key: {i} value {{ id: {i} name: "{label(n)}" }} }}' for i, n in names.items()
+    )
     metadata += 'stat_metadata { key: 1 value { id: 1 name: "hlo_op" } }'
     metadata += "".join(
         f'stat_metadata {{ key: {i + 10} value {{ id: {i + 10} name: "{n}" }} }}' for i, n in names.items()
     )
     twice = f'lines {{ id: 2 name: "Framework Name Scope" {events} }}'  # the same time again, by scope
-    return ProfileData.from_serialized_xspace(
-        ProfileData.text_proto_to_serialized_xspace(
-            f'planes {{ name: "{plane}" lines {{ id: 1 name: "{line}" {events} }} {twice * (plane != "/host:CPU")} {metadata} }}'
-        )
-    )
+    lines = f'lines {{ id: 1 name: "{line}" {events} }}' + twice * plane.startswith("/device")
+    text = f'planes {{ name: "{plane}" {lines} {metadata} }}'
+    return ProfileData.from_serialized_xspace(ProfileData.text_proto_to_serialized_xspace(text))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_run_leaves_a_trace_and_a_summary_that_names_layers(tmp_path, capsys):
 
 
 def test_a_window_beyond_the_run_is_refused_and_one_cut_short_is_told(tmp_path):
-    with pytest.raises(UserError, match="profile_at=9 is beyond the last step, train.steps=8"):
+    with pytest.raises(UserError, match=r"profile_at=9 is beyond the last step, train\.steps=8"):
         override(experiment(), {"diagnostics.profile_at": 9})
     train(override(experiment(), {"diagnostics.profile_at": 7}), Workdir(str(tmp_path)), "stack")
     assert (tmp_path / "profile" / "summary.txt").read_text().startswith("profile of steps 7 to 8: ")

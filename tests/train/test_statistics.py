@@ -1,20 +1,19 @@
 """Statistics by layer equal what numpy computes from a step written out, and looking changes nothing."""
 
 import json
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from faults import DEPTH, Stack, experiment, set_up
+from faults import DEPTH, experiment, set_up
 
+from axrepro import registry
 from axrepro.core.config import override
-from axrepro.core.taps import scopes
+from axrepro.core.taps import scopes, tapped
 from axrepro.core.tree import flatten
-from axrepro.train.experiment import Diagnostics
 from axrepro.train.inspection import Inspector
-from axrepro.train.loop import train
+from axrepro.train.loop import build_program, train
 from axrepro.train.statistics import as_record
 from axrepro.train.workdir import Workdir
 
@@ -76,19 +75,13 @@ def test_looking_changes_no_loss_and_leaves_a_line_per_look(tmp_path):
 
 
 def test_tags_of_a_model_are_heard_in_every_container():
-    from axrepro import registry
-
     config = registry.load(registry.find("moe_dense:tiny", registry.index()))
-    config = replace(override(config, {"train.remat": "qkvo"}), diagnostics=Diagnostics())
-    method = config.method
-    from axrepro.core.taps import tapped
-    from axrepro.train.loop import build_program
-
+    config = override(config, {"train.remat": "qkvo"})
     program = build_program(config)
     params = jax.eval_shape(program.init, 0).params
     batch = config.data.abstract()
     heard = lambda params, batch: tapped(
-        lambda p, b: method.loss(p, b, program.context(None, train=True)), lambda x: jnp.max(jnp.abs(x))
+        lambda p, b: config.method.loss(p, b, program.context(None, train=True)), lambda x: jnp.max(jnp.abs(x))
     )(params, batch)[1]
     taps = {tap.name: tap.value.shape for tap in jax.eval_shape(heard, params, batch)}
     assert taps["layers[]/0/attention/q"] == (2,)
