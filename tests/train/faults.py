@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from methods import Points
+import numpy as np
 
 from axrepro.core import Layer, Loss, Method
 from axrepro.core.param import linear
+from axrepro.data import Data, Examples
 from axrepro.nn import Repeat
 from axrepro.nn.remat import rematerialised, tag
 from axrepro.optim import SGD, Constant
@@ -19,7 +20,7 @@ DEPTH, DIM = 4, 8
 
 @dataclass(frozen=True, kw_only=True)
 class Residual(Layer):
-    """x + root(relu(x up)) down; `rooted` takes sqrt(relu(.)), whose gradient at 0 is nan and whose value is 0."""
+    """x + relu(x up) down; `rooted` takes sqrt(square(.)) for relu, whose value at 0 is 0 and whose gradient nan."""
 
     rooted: bool = False
 
@@ -33,15 +34,15 @@ class Residual(Layer):
         def one(params, x):
             with jax.named_scope("inner"):
                 h = tag(x @ params["up"], "up")
-            h = jax.nn.relu(h)
-            return x + tag((jnp.sqrt(h) if self.rooted else h) @ params["down"], "down")
+            h = jnp.sqrt(jnp.square(h)) if self.rooted else jax.nn.relu(h)
+            return x + tag(h @ params["down"], "down")
 
         return rematerialised(one, ctx.remat, ctx.in_scan)(params, x), {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stack(Method):
-    """Least squares through the layers, on the batches of `methods.Points`."""
+    """Least squares through the layers, on random rows."""
 
     layers: Repeat = Repeat(layer=Residual(), times=DEPTH)
 
@@ -54,11 +55,38 @@ class Stack(Method):
         return {"square": Loss.mean((x @ params["out"] - batch["y"]) ** 2), "layers": aux}
 
 
+class _Rows(Examples):
+    """64 random examples an epoch."""
+
+    def __len__(self):
+        return 64
+
+    def rows(self, indices):
+        values = np.random.default_rng(0).normal(size=(64, DIM + 4)).astype(np.float32)[indices % 64]
+        return {"x": values[:, :DIM], "y": values[:, DIM:]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(Data):
+    """Inputs and targets of a regression."""
+
+    def open(self, split, seed):
+        return _Rows()
+
+    def abstract(self):
+        widths = {"x": DIM, "y": 4}
+        return {name: jax.ShapeDtypeStruct((self.batch_size, width), jnp.float32) for name, width in widths.items()}
+
+    @property
+    def vocab_size(self):
+        return None
+
+
 def experiment(method: Method = Stack(), rate: float = 0.01, **train) -> Experiment:
     """A short run of it."""
     settings = Train(**{"steps": 8, "log_every": 1, "dtype": "float32"} | train)
     optimizer = SGD(learning_rate=Constant(value=rate), momentum=None)
-    return Experiment(method=method, data=Points(batch_size=32), optimizer=optimizer, train=settings)
+    return Experiment(method=method, data=Rows(batch_size=32), optimizer=optimizer, train=settings)
 
 
 def set_up(config: Experiment):

@@ -37,9 +37,7 @@ def planted(plane: str, line: str, named: bool) -> ProfileData:
         for i, start, time in spans
     )
     of = (lambda name: f"kernel_of_{name}") if named else (lambda name: f"%{name} = f32[8,8] something(%x)")
-    metadata = "".join(
-        f'event_metadata {{ key: {i} value {{ id: {i} name: "{label(n)}" }} }}' for i, n in names.items()
-    )
+    metadata = "".join(f'event_metadata {{ key: {i} value {{ id: {i} name: "{of(n)}" }} }}' for i, n in names.items())
     metadata += 'stat_metadata { key: 1 value { id: 1 name: "hlo_op" } }'
     metadata += "".join(
         f'stat_metadata {{ key: {i + 10} value {{ id: {i + 10} name: "{n}" }} }}' for i, n in names.items()
