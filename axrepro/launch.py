@@ -257,7 +257,7 @@ def run(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`run` with errors told in one line: exit code 2 for wrong input, 1 for a loss that is not finite."""
+    """`run` with errors told in words: exit code 2 for wrong input, 1 for a loss not finite, 3 for lack of memory."""
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -268,7 +268,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except RuntimeError as error:
         from axrepro.train.not_finite import NotFiniteError
+        from axrepro.train.out_of_memory import OutOfMemoryError
 
+        if isinstance(error, OutOfMemoryError):
+            print(f"axrepro: {error}", file=sys.stderr)
+            return 3
         if not isinstance(error, NotFiniteError):
             raise
         print(f"axrepro: stopped: {error}", file=sys.stderr)

@@ -63,6 +63,7 @@ def visible(
     return allowed
 
 
+@jax.named_scope("dot_product_attention")
 def attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],

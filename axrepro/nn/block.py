@@ -61,11 +61,14 @@ class Block(Layer):
         for branch, layer in (("attention", self.attention), ("ffn", self.ffn)):
             inner, y = ctx.fold(branch), x
             if self.norm is not None:
-                y, aux[f"{branch}_norm"] = self.norm.apply(params[f"{branch}_norm"], y, ctx)
-            y, aux[branch] = layer.apply(params[branch], y, inner)
+                with jax.named_scope(f"{branch}_norm"):
+                    y, aux[f"{branch}_norm"] = self.norm.apply(params[f"{branch}_norm"], y, ctx)
+            with jax.named_scope(branch):
+                y, aux[branch] = layer.apply(params[branch], y, inner)
             if self.post_norm is not None:
                 name = f"{branch}_post_norm"
-                y, aux[name] = self.post_norm.apply(params[name], y, ctx)
+                with jax.named_scope(name):
+                    y, aux[name] = self.post_norm.apply(params[name], y, ctx)
             x = ctx.shard(x + dropout(y, self.dropout, inner.fold("dropout")), "batch", "seq", "embed_act")
         return x, aux
 
@@ -85,7 +88,8 @@ class Sequence(Layer):
     def apply(self, params: dict, x: Float[Array, "B T D"], ctx: Context) -> tuple[Float[Array, "B T D"], dict]:
         aux = {}
         for i, layer in enumerate(self.layers):
-            x, aux[str(i)] = layer.apply(params[str(i)], x, ctx.fold(i))
+            with jax.named_scope(str(i)):
+                x, aux[str(i)] = layer.apply(params[str(i)], x, ctx.fold(i))
         return x, aux
 
     def attention_flops(self, dim: int, length: int, full: bool) -> float:

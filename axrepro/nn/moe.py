@@ -195,14 +195,16 @@ class MoE(Layer):
         valid = jnp.ones((batch, length), bool) if ctx.segment_ids is None else ctx.segment_ids > 0
         capacity = self.capacity(size, ctx.train)
         groups = ctx.shard(groups, "group", None, "embed_act")
-        routing, aux = self.router.apply(params["router"], groups, valid.reshape(-1, size), capacity, ctx)
+        with jax.named_scope("router"):
+            routing, aux = self.router.apply(params["router"], groups, valid.reshape(-1, size), capacity, ctx)
         routing = jax.tree.map(lambda a: tag(a, "moe_routing"), routing)
         dispatcher = self._dispatcher(ctx)(routing, self.num_experts, capacity)
 
         xe = ctx.shard(dispatcher.dispatch(groups), "group", None, None, "embed_act")  # [N, E, C, D]
         xe = ctx.shard(xe, "group_dispatched", "expert", None, "embed_act").swapaxes(0, 1)  # all-to-all: N to E
         xe = ctx.shard(xe, "expert", "group_dispatched", None, "embed_act")
-        ye, expert_aux = self._experts(params["experts"], xe, ctx)
+        with jax.named_scope("experts"):
+            ye, expert_aux = self._experts(params["experts"], xe, ctx)
         ye = ctx.shard(ye, "expert", "group_dispatched", None, "embed_act").swapaxes(0, 1)
         ye = ctx.shard(ye, "group_dispatched", "expert", None, "embed_act")
         ye = ctx.shard(ye, "group", None, None, "embed_act")  # all-to-all: E back to N

@@ -26,8 +26,8 @@ def describe(
 
 def summary(e: Effect) -> dict[str, str]:
     """The figures of an effect, by what they are."""
-    all_kinds = _bytes(sum(e.bytes_per_device.values()))
-    per_device = ", ".join(f"{kind} {_bytes(size)}" for kind, size in e.bytes_per_device.items())
+    all_kinds = readable(sum(e.bytes_per_device.values()))
+    per_device = ", ".join(f"{kind} {readable(size)}" for kind, size in e.bytes_per_device.items())
     return {
         "parameters": f"{e.total:,} total, {e.active:,} active per {e.unit.removesuffix('s')}",
         "per step": f"{e.units:,} {e.unit}, {e.flops.causal / 1e12:,.4g} TFLOP (attention as masked), "
@@ -45,7 +45,8 @@ def table(rows: Mapping[str, str]) -> list[str]:
     return [f"{name:{width}} {value}" for name, value in rows.items()]
 
 
-def _bytes(size: int) -> str:
+def readable(size: int) -> str:
+    """Bytes as MiB or GiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.2f} MiB"
 
 
@@ -70,7 +71,7 @@ def compare(old: tuple[str, Experiment, Effect], new: tuple[str, Experiment, Eff
         ],
         "per step": _changed(*({e.unit: f"{e.units:,}", **_flops(e)} for e in (a, b))),
         "bytes per device": _changed(
-            *({kind: f"{n:,} ({_bytes(n)})" for kind, n in e.bytes_per_device.items()} for e in (a, b))
+            *({kind: f"{n:,} ({readable(n)})" for kind, n in e.bytes_per_device.items()} for e in (a, b))
         ),
         "shardings": [
             *_changed(*({f"mesh.{axis}": str(size) for axis, size in e.mesh.items()} for e in (a, b))),

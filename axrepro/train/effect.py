@@ -14,11 +14,11 @@ from jax.sharding import PartitionSpec
 from axrepro.core.aux import Loss, Metric, Update, collect
 from axrepro.core.flops import Flops
 from axrepro.core.param import Param, Role, abstract_params, count_params
-from axrepro.core.sharding import MeshShape, shard_bytes
+from axrepro.core.sharding import MeshShape, param_partitions, shard_bytes
 from axrepro.core.tree import flatten
 from axrepro.data import logical_axes
 from axrepro.train.experiment import Experiment
-from axrepro.train.state import Program, TrainState, state_layout
+from axrepro.train.state import Program, state_layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +75,7 @@ def effect(experiment: Experiment, slice_name: str, num_devices: int, slices: in
     experiment.method.check(shapes, None)  # the size of the vocabulary may be in a file that is not here
     mesh = experiment.mesh.sizes(num_devices, slices)
     program = Program(experiment, mesh=None, platform="cpu")
-    state, layout = jax.eval_shape(program.init, 0), state_layout(program, mesh)
-    partitions = flatten(layout.params)
+    partitions = flatten(param_partitions(program.specs, experiment.rules, mesh))
     # neither layout nor recomputation changes a name: one trace serves all hardware
     plain = replace(experiment.train, remat="none", compiler_options=())
     names = _names(replace(experiment, mesh=MeshShape(), mesh_rules=(), train=plain))
@@ -89,7 +88,7 @@ def effect(experiment: Experiment, slice_name: str, num_devices: int, slices: in
         unit="tokens" if "tokens" in shapes else "examples",
         units=math.prod(shapes["tokens"]) if "tokens" in shapes else experiment.data.batch_size,
         flops=experiment.method.flops(shapes),
-        bytes_per_device=_bytes_per_device(program, state, layout, mesh),
+        bytes_per_device=bytes_per_device(program, mesh),
         losses=names[Loss],
         metrics=names[Metric],
         updates=names[Update],
@@ -123,7 +122,14 @@ def _names(experiment: Experiment) -> dict[type, tuple[str, ...]]:
     return {tag: tuple(paths) for tag, paths in names.items()}
 
 
-def _bytes_per_device(program: Program, state: TrainState, layout: TrainState, mesh: Mapping[str, int]) -> dict:
+def bytes_per_device(program: Program, mesh: Mapping[str, int]) -> dict[str, int]:
+    """Bytes that one device holds between steps, by kind.
+
+    Args:
+      mesh: devices per mesh axis.
+    """
+    state, layout = jax.eval_shape(program.init, 0), state_layout(program, mesh)
+
     def total(tree, specs) -> int:
         leaves = jax.tree.leaves(tree)
         specs = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))

@@ -88,6 +88,26 @@ class Evaluation:
         _at_least(1, **{"eval.every": self.every, "eval.batches": self.batches})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Diagnostics:
+    """What to look at beside the training itself; by default nothing. The train step is the same either way.
+
+    Attributes:
+      profile_at: first step of a profile in WORKDIR/profile, read by TensorBoard and Perfetto; None: no profile.
+      profile_steps: how many steps it takes.
+      statistics_every: steps between looks at every activation, gradient and update by layer, in
+        WORKDIR/statistics.jsonl and .png; each costs a step and a forward pass. None: no look.
+    """
+
+    profile_at: int | None = None
+    profile_steps: int = 5
+    statistics_every: int | None = None
+
+    def __post_init__(self):
+        names = ("profile_at", "profile_steps", "statistics_every")
+        _at_least(1, **{f"diagnostics.{name}": getattr(self, name) for name in names})
+
+
 @dataclass(frozen=True)
 class MeshRule:
     """Fields to set on some hardware.
@@ -124,6 +144,7 @@ class Experiment:
     train: Train
     checkpoint: Checkpointing = Checkpointing()
     eval: Evaluation = Evaluation()
+    diagnostics: Diagnostics = Diagnostics()
     mesh: MeshShape = MeshShape()
     mesh_rules: tuple[MeshRule, ...] = ()
     rules: Rules = Rules()
@@ -134,6 +155,11 @@ class Experiment:
             raise UserError(
                 f"data.batch_size={self.data.batch_size} must be a multiple of "
                 f"train.grad_accumulation={self.train.grad_accumulation}"
+            )
+        profile_at = self.diagnostics.profile_at
+        if profile_at is not None and profile_at > self.train.steps:
+            raise UserError(
+                f"diagnostics.profile_at={profile_at} is beyond the last step, train.steps={self.train.steps}"
             )
 
 

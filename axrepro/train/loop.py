@@ -12,6 +12,7 @@ from axrepro.core.sharding import make_mesh
 from axrepro.data import Batches, prefetch
 from axrepro.errors import UserError
 from axrepro.train.checkpoint import Checkpoints
+from axrepro.train.diagnostics import Diagnosis
 from axrepro.train.evaluate import Evaluator
 from axrepro.train.experiment import Experiment
 from axrepro.train.hardware import peak_flops
@@ -59,6 +60,7 @@ def train(experiment: Experiment, workdir: Workdir, name: str) -> Outcome:
     Raises:
       UserError: for wrong input or a damaged checkpoint.
       NotFiniteError: for a loss or gradient that is inf or nan, see `Train.not_finite`.
+      OutOfMemoryError: if a device has too little memory.
     """
     settings = experiment.train
     program = build_program(experiment)
@@ -68,6 +70,7 @@ def train(experiment: Experiment, workdir: Workdir, name: str) -> Outcome:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1)
     checkpoints = Checkpoints(workdir, experiment.checkpoint.keep, experiment.checkpoint.keep_every)
     batches = prefetch(experiment.data.batches("train", settings.seed, program.run_mesh, experiment.rules))
+    diagnosis = Diagnosis(program, workdir)
     try:
         resumed_from = checkpoints.latest_step()
         if resumed_from is None:
@@ -83,9 +86,13 @@ def train(experiment: Experiment, workdir: Workdir, name: str) -> Outcome:
         writers = on_first(lambda: Writers(workdir, resumed_from or 0, settings.steps)) or Silent()
         try:
             with Preemption() as preemption:
-                state, scalars = _run(program, state, batches, checkpoints, writers, preemption)
+                state, scalars = _run(program, state, batches, checkpoints, writers, preemption, diagnosis)
         finally:
+            diagnosis.close()
             writers.close()
+    except jax.errors.JaxRuntimeError as error:
+        diagnosis.explain(error)
+        raise
     finally:
         batches.close()
         checkpoints.close()
@@ -102,14 +109,16 @@ def compile_step(program: Program, batch: dict):
 
 
 def _run(
-    program, state, batches: Batches, checkpoints, writers, preemption
+    program, state, batches: Batches, checkpoints, writers, preemption, diagnosis: Diagnosis
 ) -> tuple[TrainState[jax.Array], dict[str, float]]:
     experiment, settings = program.experiment, program.experiment.train
     step = int(state.step)
     if step == settings.steps:
         writers.say(f"already complete at step {step}")
     rollout, evaluate = _rollout(program), Evaluator(program)
-    monitor, meter, step_fn, scalars = Monitor(settings), Meter(program, step), None, {}
+    skipped = lambda step, text: writers.note(step, "skipped", f"skipped: {text}")
+    monitor, meter = Monitor(settings, diagnosis.search, skipped), Meter(program, step)
+    step_fn, scalars = None, {}
 
     def report_saved(wait: bool) -> None:
         if (saved := checkpoints.finished(wait)) is not None:
@@ -118,17 +127,19 @@ def _run(
     while step < settings.steps:
         batch = rollout(state, next(batches))
         if step_fn is None:
-            step_fn = compile_step(program, batch)
+            step_fn = diagnosis.compiled = compile_step(program, batch)
             meter.watch.restart(step)
+        meter.watch.leave_out(diagnosis.before(step + 1, state, batch))
         state, report = step_fn(state, batch)
         step += 1
-        monitor.push(step, report)
+        meter.watch.leave_out(diagnosis.after(step, state))
+        monitor.push(step, state, batch, report)
         last, stop = step == settings.steps, preemption.asked(step)
         log = last or step % settings.log_every == 0
         hold_out = last or (experiment.eval.every is not None and step % experiment.eval.every == 0)
         save = last or stop or step % experiment.checkpoint.every == 0
         if log or hold_out or save:
-            monitor.flush()
+            monitor.flush(state)
         if log:
             scalars = meter.scalars(step, report) | monitor.scalars()
         if stop and hold_out:  # before the evaluation, which may outlast the grace period
