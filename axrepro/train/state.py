@@ -95,6 +95,7 @@ class Program:
             phase=phase,
             dtype=settings.dtype,
             remat=settings.remat if train else "none",
+            context_parallel=settings.context_parallel,
             platform=self.platform,
             rules=self.experiment.rules,
             mesh=self.mesh,
