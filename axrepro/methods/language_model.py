@@ -24,7 +24,7 @@ class LanguageModel(Method):
 
     Attributes:
       z_weight: of the mean squared log-partition of the output softmax (PaLM, arXiv:2204.02311, Sec. 5).
-      chunk: positions per row whose logits exist at once; None: all.
+      chunk: positions per row, or per device's part of it, whose logits exist at once; None: all.
     """
 
     model: CausalLM
@@ -55,7 +55,7 @@ class LanguageModel(Method):
         ctx = ctx.replace(segment_ids=batch.get("segment_ids"), positions=batch.get("positions"))
         hidden, aux = self.model.apply(params, batch["tokens"], ctx)
         head = lambda h: self.model.logits(params, h, ctx)
-        scores = chunked_cross_entropy(head, hidden, batch["targets"], self.chunk)
+        scores = chunked_cross_entropy(head, hidden, batch["targets"], self.chunk, ctx.shards("seq"))
         mask = jnp.ones(batch["tokens"].shape, bool) if ctx.segment_ids is None else ctx.segment_ids > 0
         return scores, mask * batch["loss_mask"] if "loss_mask" in batch else mask, aux
 

@@ -115,6 +115,7 @@ class Attention(Layer):
             implementation=self.implementation,
             platform=ctx.platform,
             sharding=self._sharding(q, ctx),
+            context_parallel=ctx.context_parallel,
         )
         out = matmul(tag(y, "attention"), params["out"], ctx, contracted=2, part="attention")
         if self.out_bias:
@@ -127,7 +128,7 @@ class Attention(Layer):
     def _sharding(self, q, ctx: Context) -> NamedSharding | None:
         if ctx.mesh is None or ctx.mesh.size == 1:
             return None
-        spec = ctx.rules.spec(("batch", None, "heads", None), q.shape, dict(ctx.mesh.shape))
+        spec = ctx.rules.spec(("batch", "seq", "heads", None), q.shape, dict(ctx.mesh.shape))
         return NamedSharding(ctx.mesh, spec)
 
     def attention_flops(self, dim: int, length: int, full: bool) -> float:

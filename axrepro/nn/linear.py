@@ -24,7 +24,7 @@ def matmul(
 
     On CPU the product is taken between matrices: for operands with more dimensions XLA's CPU compiler transposes both
     of them in memory before each weight gradient, which made a step of `dense_tiny` 1.4 times slower (jaxlib 0.10.2).
-    Elsewhere the dimensions stay, so that each can keep its own sharding.
+    Elsewhere, and where the sequence is split, the dimensions stay, so that each can keep its own sharding.
 
     Args:
       dtype: of accumulation and result; None: that of the operands.
@@ -34,7 +34,7 @@ def matmul(
     if (format := ctx.products.of(part)) != "exact":
         return tag(quantised_product(x, weight, contracted, format).astype(dtype or ctx.dtype), "product")
     batch, out = x.shape[: x.ndim - contracted], weight.shape[contracted:]
-    if ctx.platform == "cpu":
+    if ctx.platform == "cpu" and ctx.shards("seq") == 1:
         inner = math.prod(weight.shape[:contracted])
         rows, weight = x.reshape(-1, inner), weight.reshape(inner, -1)
         product = jax.lax.dot(rows, weight, preferred_element_type=dtype)

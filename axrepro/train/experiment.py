@@ -31,6 +31,8 @@ class Train:
       dtype: compute type; parameters stay in float32.
       remat: which activations are kept for the backward pass, see `axrepro.core.remat`.
       products: products with weights in 8 bits, evaluation included; "exact" unless asked for.
+      context_parallel: with mesh.seq > 1, whether each device gathers all keys and values of its rows before attention
+        or passes its share around a "ring": less memory, and no more than tiles of logits on any platform.
       not_finite: "stop" ends the run at a step whose loss or gradients are inf or nan, "skip" leaves that step out (and
         stops after `max_skips` in a row). Either way such a step changes no parameter.
       compiler_options: XLA flags for the step, (name, value) pairs.
@@ -44,6 +46,7 @@ class Train:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: str = "none"
     products: Products = Products()
+    context_parallel: Literal["gather", "ring"] = "gather"
     not_finite: Literal["stop", "skip"] = "stop"
     max_skips: int = 20
     compiler_options: tuple[tuple[str, str], ...] = ()

@@ -96,6 +96,7 @@ class Program:
             dtype=settings.dtype,
             remat=settings.remat if train else "none",
             products=settings.products,
+            context_parallel=settings.context_parallel,
             platform=self.platform,
             rules=self.experiment.rules,
             mesh=self.mesh,
