@@ -70,7 +70,8 @@ def train(experiment: Experiment, workdir: Workdir, name: str) -> Outcome:
     try:
         resumed_from = checkpoints.latest_step()
         if resumed_from is None:
-            state = jax.jit(program.init, static_argnums=0, out_shardings=program.shardings)(settings.seed)
+            given = {} if settings.init_from is None else _params_of(settings.init_from, program)
+            state = jax.jit(program.init, static_argnums=0, out_shardings=program.shardings)(settings.seed, given)
         else:
             if resumed_from > settings.steps:
                 raise UserError(f"{workdir.address} is at step {resumed_from}, beyond train.steps={settings.steps}")
@@ -90,6 +91,15 @@ def train(experiment: Experiment, workdir: Workdir, name: str) -> Outcome:
         checkpoints.close()
     step = int(state.step)
     return Outcome(state, step, step >= settings.steps, resumed_from, scalars)
+
+
+def _params_of(workdir: str, program: Program) -> dict:
+    """The parameters of another run, as far as `program` has them."""
+    checkpoints = Checkpoints(Workdir(workdir), read_only=True)
+    try:
+        return checkpoints.restore_known(program.abstract_state.params)
+    finally:
+        checkpoints.close()
 
 
 def compile_step(program: Program, batch: dict):
