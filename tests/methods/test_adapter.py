@@ -68,7 +68,7 @@ def dense(params: dict) -> dict:
 
 @cache
 def value_and_gradients():
-    """(params, objective and gradients of the adapted method on a mesh, those of the plain one at W + 3 A B on none)."""
+    """(params, value and gradients of the adapted method on a mesh, those of the plain one at W + 3 A B on none)."""
     params, mesh = random_params(ADAPTED), make_mesh(MeshShape(data=2, fsdp=2, expert=2))
 
     def of(method, params, mesh):
