@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,9 @@ class LowRank:
       dropout: on the input of A.   name: by which its mask differs from those of other weights.
     """
 
-    base: jax.Array
-    a: jax.Array
-    b: jax.Array
+    base: Any  # an array, or what jax's transformations put in its place
+    a: Any
+    b: Any
     scale: float = field(metadata=_static)
     dropout: float = field(metadata=_static)
     name: str = field(metadata=_static)

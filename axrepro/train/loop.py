@@ -70,8 +70,7 @@ def train(experiment: Experiment, workdir: Workdir, name: str) -> Outcome:
     try:
         resumed_from = checkpoints.latest_step()
         if resumed_from is None:
-            given = {} if settings.init_from is None else _params_of(settings.init_from, program)
-            state = jax.jit(program.init, static_argnums=0, out_shardings=program.shardings)(settings.seed, given)
+            state = first_state(program)
         else:
             if resumed_from > settings.steps:
                 raise UserError(f"{workdir.address} is at step {resumed_from}, beyond train.steps={settings.steps}")
@@ -93,13 +92,16 @@ def train(experiment: Experiment, workdir: Workdir, name: str) -> Outcome:
     return Outcome(state, step, step >= settings.steps, resumed_from, scalars)
 
 
-def _params_of(workdir: str, program: Program) -> dict:
-    """The parameters of another run, as far as `program` has them."""
-    checkpoints = Checkpoints(Workdir(workdir), read_only=True)
-    try:
-        return checkpoints.restore_known(program.abstract_state.params)
-    finally:
-        checkpoints.close()
+def first_state(program: Program) -> TrainState:
+    """The state of a new run. Raises UserError if `train.init_from` holds no checkpoint, or one that does not fit."""
+    settings, given = program.experiment.train, {}
+    if settings.init_from is not None:
+        checkpoints = Checkpoints(Workdir(settings.init_from), read_only=True)
+        try:
+            given = checkpoints.restore_known(program.abstract_state.params)
+        finally:
+            checkpoints.close()
+    return jax.jit(program.init, static_argnums=0, out_shardings=program.shardings)(settings.seed, given)
 
 
 def compile_step(program: Program, batch: dict):

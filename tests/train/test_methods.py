@@ -1,19 +1,21 @@
 """The `Method` interface carries what papers need beyond a plain loss."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from methods import OwnData, Points, Regression, RobustMean, TeacherDistillation, TwoPlayers
 
-from axrepro.core import override
 from axrepro.core.param import init_params
 from axrepro.core.tree import flatten
 from axrepro.errors import UserError
 from axrepro.methods.adapter import LoRA
 from axrepro.optim import SGD, AdamW, Constant, PerPath
+from axrepro.train.checkpoint import Checkpoints
 from axrepro.train.experiment import Experiment, Train
-from axrepro.train.loop import build_program, compile_step, train
+from axrepro.train.loop import build_program, compile_step, first_state
 from axrepro.train.step import train_step
 from axrepro.train.workdir import Workdir
 
@@ -110,18 +112,28 @@ def test_an_adapter_starts_as_its_base():
 
 
 def test_a_run_starts_from_the_parameters_of_another(tmp_path):
-    def trained(name, method, init_from=None):
-        config = override(experiment(method, steps=3), {"train.init_from": init_from})
-        return flatten(jax.device_get(train(config, Workdir(str(tmp_path / name)), name).state.params))
+    def program(method, init_from=None, seed=1):
+        config = experiment(method)
+        return build_program(replace(config, train=replace(config.train, init_from=init_from, seed=seed)))
 
-    base = trained("base", Regression())
-    adapted = trained("adapted", LoRA(method=Regression()), str(tmp_path / "base"))
-    for path, leaf in base.items():
-        np.testing.assert_array_equal(adapted[path], leaf)
+    def saved(name, state):
+        checkpoints = Checkpoints(Workdir(str(tmp_path / name)))
+        checkpoints.save(state, {})
+        checkpoints.close()
+        return str(tmp_path / name)
+
+    base = first_state(program(Regression(), seed=0))
+    adapted = first_state(program(LoRA(method=Regression()), saved("base", base)))
+    params = flatten(adapted.params)
+    for path, leaf in flatten(base.params).items():
+        np.testing.assert_array_equal(params[path], leaf)
+    other = first_state(program(LoRA(method=Regression()), seed=1))
+    np.testing.assert_array_equal(params["out_lora_a"], other.params["out_lora_a"])  # its own values are as ever
+    assert (params["out"] != other.params["out"]).any()
     with pytest.raises(UserError, match="lora_a', which this one lacks"):
-        trained("plain", Regression(), str(tmp_path / "adapted"))
+        first_state(program(Regression(), saved("adapted", adapted)))
     with pytest.raises(UserError, match=r"no checkpoint in .*nowhere"):
-        trained("lost", Regression(), str(tmp_path / "nowhere"))
+        first_state(program(Regression(), str(tmp_path / "nowhere")))
 
 
 def test_copies_of_a_parameter_that_is_given_follow_it():
