@@ -101,7 +101,7 @@ class Program:
             mesh=self.mesh,
         )
 
-    def init(self, seed: int, given: Mapping = MappingProxyType({})) -> TrainState[jax.Array]:
+    def init(self, seed: int | jax.Array, given: Mapping = MappingProxyType({})) -> TrainState[jax.Array]:
         """The first state; pure, to be run under jit with `shardings` as output.
 
         Args:
