@@ -21,7 +21,7 @@ from axrepro.methods.language_model import LanguageModel
 from axrepro.models.causal_lm import CausalLM
 from axrepro.nn import Attention, Block, FeedForward, MoE, Repeat, TopK, every
 from axrepro.nn.linear import LowRank, matmul
-from axrepro.train.describe import bytes_per_device
+from axrepro.train.effect import effect
 from axrepro.train.loop import build_program, compile_step
 
 VOCAB, DIM, ROWS, LENGTH = 20, 8, 8, 8
@@ -208,10 +208,10 @@ def test_one_line_adapts_an_experiment_whose_base_then_stays_bit_for_bit():
 def test_frozen_parameters_cost_a_device_neither_gradient_nor_moments():
     config = swap(experiment(), Method, lambda method: Freeze(method=method, frozen=("layers/**",)))
     trained = sum(4 * spec.size for path, spec in flatten(config.method.specs()).items() if "layers" not in path)
-    cost = bytes_per_device(config, 1)
+    cost = effect(config, "cpu-1", 1).bytes_per_device
     assert cost["gradients"] == trained
     assert cost["optimizer state"] == pytest.approx(2 * trained, abs=64)  # and the counts of steps
-    assert cost["parameters"] == bytes_per_device(experiment(), 1)["parameters"]
+    assert cost["parameters"] == effect(experiment(), "cpu-1", 1).bytes_per_device["parameters"]
 
 
 def test_exceptions_from_freezing_stay_trained():
