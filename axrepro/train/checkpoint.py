@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from axrepro.core.tree import select
 from axrepro.errors import UserError
 from axrepro.train.state import TrainState
 from axrepro.train.workdir import Workdir
@@ -134,6 +135,16 @@ class Checkpoints:
         except Exception as error:
             raise self._damaged(step, error) from error
 
+    def restore_known(self, abstract: dict) -> dict:
+        """The params of the last checkpoint, which may lack some of `abstract`.
+
+        Raises:
+          UserError: as `restore` does, and for a parameter that `abstract` lacks or has in another shape.
+        """
+        step = self._existing(None)
+        known = self._saved_leaves(step, "params")
+        return self.restore_params(select(abstract, known.__contains__), step)[0]
+
     def _existing(self, step: int | None) -> int:
         step = self.latest_step() if step is None else step
         steps = sorted(self._manager.all_steps())
@@ -142,13 +153,16 @@ class Checkpoints:
             raise UserError(f"no checkpoint {'' if step is None else f'{step} '}in {self.folder}; {have}")
         return step
 
-    def _check_matches(self, step: int, name: str, item: dict) -> None:
+    def _saved_leaves(self, step: int, name: str) -> dict[str, tuple[int, ...]]:
         try:
             saved = self._manager.item_metadata(step)[name]
             saved = getattr(saved, "tree", saved)
-            found = {path: tuple(leaf.shape) for path, leaf in _leaves(saved).items()}
+            return {path: tuple(leaf.shape) for path, leaf in _leaves(saved).items()}
         except Exception as error:
             raise self._damaged(step, error) from error
+
+    def _check_matches(self, step: int, name: str, item: dict) -> None:
+        found = self._saved_leaves(step, name)
         wanted = {path: tuple(leaf.shape) for path, leaf in _leaves(item).items()}
         if wanted and not found:
             raise self._damaged(step, ValueError(f"its {name} cannot be listed"))

@@ -36,6 +36,8 @@ class Train:
       not_finite: "stop" ends the run at a step whose loss or gradients are inf or nan, "skip" leaves that step out (and
         stops after `max_skips` in a row). Either way such a step changes no parameter.
       compiler_options: XLA flags for the step, (name, value) pairs.
+      init_from: workdir of another run, whose last checkpoint gives the first values of the parameters that it holds;
+        others, such as those of adapters, start as ever. None: all do.
       compilation_cache: folder for compiled programs, kept between runs; None: no cache.
     """
 
@@ -50,6 +52,7 @@ class Train:
     not_finite: Literal["stop", "skip"] = "stop"
     max_skips: int = 20
     compiler_options: tuple[tuple[str, str], ...] = ()
+    init_from: str | None = None
     compilation_cache: str | None = None
 
     def __post_init__(self):

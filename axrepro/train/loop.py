@@ -74,7 +74,7 @@ def train(experiment: Experiment, workdir: Workdir, name: str) -> Outcome:
     try:
         resumed_from = checkpoints.latest_step()
         if resumed_from is None:
-            state = jax.jit(program.init, static_argnums=0, out_shardings=program.shardings)(settings.seed)
+            state = first_state(program)
         else:
             if resumed_from > settings.steps:
                 raise UserError(f"{workdir.address} is at step {resumed_from}, beyond train.steps={settings.steps}")
@@ -98,6 +98,18 @@ def train(experiment: Experiment, workdir: Workdir, name: str) -> Outcome:
         checkpoints.close()
     step = int(state.step)
     return Outcome(state, step, step >= settings.steps, resumed_from, scalars)
+
+
+def first_state(program: Program) -> TrainState:
+    """The state of a new run. Raises UserError if `train.init_from` holds no checkpoint, or one that does not fit."""
+    settings, given = program.experiment.train, {}
+    if settings.init_from is not None:
+        checkpoints = Checkpoints(Workdir(settings.init_from), read_only=True)
+        try:
+            given = checkpoints.restore_known(program.abstract_state.params)
+        finally:
+            checkpoints.close()
+    return jax.jit(program.init, static_argnums=0, out_shardings=program.shardings)(settings.seed, given)
 
 
 def compile_step(program: Program, batch: dict):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Generic, TypeVar
 
 import jax
@@ -102,10 +103,14 @@ class Program:
             mesh=self.mesh,
         )
 
-    def init(self, seed: int | jax.Array) -> TrainState[jax.Array]:
-        """The first state; pure, to be run under jit with `shardings` as output."""
+    def init(self, seed: int | jax.Array, given: Mapping = MappingProxyType({})) -> TrainState[jax.Array]:
+        """The first state; pure, to be run under jit with `shardings` as output.
+
+        Args:
+          given: values that some parameters start with instead of random ones.
+        """
         key = jax.random.key(seed)
-        params = init_params(self.specs, jax.random.fold_in(key, 0))
+        params = init_params(self.specs, jax.random.fold_in(key, 0), given)
         opt_state = {
             phase.name: self.optimizers[phase.name].init(select(params, set(flatten(self.trained(phase))).__contains__))
             for phase in self.phases
