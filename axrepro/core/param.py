@@ -14,6 +14,8 @@ from axrepro.core.tree import fill, flatten, map_tree, unflatten
 from axrepro.errors import UserError
 
 Role = Literal["trained", "frozen", "updated"]
+STACKS = ("layers", "expert")
+"""The logical axes of `stack`: as the leading dimensions of a parameter they number independent copies of it."""
 
 
 class Initializer(ABC):
@@ -108,6 +110,11 @@ class Param:
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def num_stacks(self) -> int:
+        """Number of leading dimensions that number layers or experts."""
+        return next((index for index, axis in enumerate(self.axes) if axis not in STACKS), len(self.axes))
 
 
 def linear(shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int, **kwargs) -> Param:

@@ -30,13 +30,14 @@ def bytes_per_device(experiment: Experiment, num_devices: int) -> dict[str, int]
         specs = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
         return sum(shard_bytes(x.shape, x.dtype.itemsize, spec, sizes) for x, spec in zip(leaves, specs, strict=True))
 
-    trained = {path for phase in program.phases for path in flatten(program.trained(phase))}
     params, specs = flatten(state.params), flatten(layout.params)
-    gradients = {path: x for path, x in params.items() if path in trained}
+    gradients = {path: x for path, x in params.items() if path in program.trained_paths}
     data = experiment.data.abstract()
+    averaged = {"averaged parameters": total(state.average, layout.average)} if state.average else {}
     return {
         "parameters": total(state.params, layout.params),
         "optimizer state": total(state.opt_state, layout.opt_state),
+        **averaged,
         "gradients": total(gradients, {path: specs[path] for path in gradients}),
         "batch": sum(
             shard_bytes(x.shape, x.dtype.itemsize, experiment.rules.spec(logical_axes(x), x.shape, sizes), sizes)

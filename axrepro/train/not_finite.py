@@ -19,7 +19,7 @@ class Monitor:
         self._skip = settings.not_finite == "skip"
         self._max_in_row = settings.max_skips
         self._last: tuple[int, dict] | None = None
-        self._in_row = self._total = 0
+        self._total = 0
 
     def push(self, step: int, report: dict) -> None:
         """Takes the report of a step and checks the one before it."""
@@ -35,19 +35,18 @@ class Monitor:
         if self._last is None:
             return
         (step, report), self._last = self._last, None
-        if bool(jax.device_get(report["ok"])):
-            self._in_row = 0
+        skips = jax.device_get(report["skips"])
+        in_row, self._total = int(skips["in_row"]), int(skips["total"])
+        if not in_row:
             return
-        self._total += 1
-        self._in_row += 1
         bad = [name for name, finite in jax.device_get(report["finite"]).items() if not finite]
         text = f"step {step} is not finite: first {bad[0]!r}, {len(bad)} of {len(report['finite'])} tensors"
         if not self._skip:
             raise NotFiniteError(
                 f"{text}; no parameter was changed by it (train.not_finite=skip leaves such steps out)"
             )
-        if self._in_row > self._max_in_row:
-            raise NotFiniteError(f"{text}; {self._in_row} in a row are more than train.max_skips={self._max_in_row}")
+        if in_row > self._max_in_row:
+            raise NotFiniteError(f"{text}; {in_row} in a row are more than train.max_skips={self._max_in_row}")
         if jax.process_index() == 0:
             print(f"skipped: {text}", flush=True)
 

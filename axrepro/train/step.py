@@ -14,10 +14,11 @@ from axrepro.train.state import Program, TrainState
 def train_step(program: Program, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
     """One step: every phase of the method in order, each with its own gradients and optimizer.
 
-    A step with a loss, gradient or update that is not finite changes nothing but `step`.
+    A step with a loss, gradient or update that is not finite changes nothing but `step` and `skips`.
 
     Returns:
-      The next state, and {"scalars": name -> float32, "ok": bool, "finite": name of a checked tensor -> bool}.
+      The next state, and {"scalars": name -> float32, "ok": bool, "finite": name of a checked tensor -> bool, "skips":
+      those of the next state}.
     """
     method, settings = program.experiment.method, program.experiment.train
     key = jax.random.fold_in(state.key, state.step)
@@ -32,6 +33,7 @@ def train_step(program: Program, state: TrainState, batch: dict) -> tuple[TrainS
             return method.loss(fill(program.specs, active, rest), batch, ctx)
 
         grads, aux = method.gradients(loss, active, batch, ctx, settings.grad_accumulation)
+        rates = program.learning_rates(opt_state, phase)
         optimizer = program.optimizers[phase.name]
         delta, opt_state[phase.name] = optimizer.update(grads, opt_state[phase.name], active)
         updates = collect(aux, Update)
@@ -39,7 +41,7 @@ def train_step(program: Program, state: TrainState, batch: dict) -> tuple[TrainS
         params = apply_updates(params, updates, program.specs)
 
         name = "" if len(program.phases) == 1 else f"{phase.name}/"
-        scalars |= {f"{name}{k}": v for k, v in report(aux).items()}
+        scalars |= {f"{name}{k}": v for k, v in (report(aux) | rates).items()}
         norms = {path: jnp.sum(jnp.square(g.astype(jnp.float32))) for path, g in flatten(grads).items()}
         scalars[f"{name}grad_norm"] = jnp.sqrt(sum(norms.values()))
         finite |= {f"{name}{k}": jnp.isfinite(v.total) for k, v in losses_by_name(aux).items()}
@@ -49,8 +51,10 @@ def train_step(program: Program, state: TrainState, batch: dict) -> tuple[TrainS
     keep = lambda new, old: jnp.where(ok, new, old)
     params = jax.tree.map(keep, params, state.params)
     opt_state = jax.tree.map(keep, opt_state, state.opt_state)
-    state = replace(state, step=state.step + 1, params=params, opt_state=opt_state)
-    return state, {"scalars": scalars, "ok": ok, "finite": finite}
+    average = jax.tree.map(keep, program.next_average(state, params), state.average)
+    skips = {"total": state.skips["total"] + ~ok, "in_row": jnp.where(ok, 0, state.skips["in_row"] + 1)}
+    state = replace(state, step=state.step + 1, params=params, opt_state=opt_state, skips=skips, average=average)
+    return state, {"scalars": scalars, "ok": ok, "finite": finite, "skips": skips}
 
 
 def report(aux: dict) -> dict[str, jax.Array]:
