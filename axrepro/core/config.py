@@ -163,7 +163,10 @@ def _parse(text: str, hint, path: str):
         kinds = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
         if len(kinds) != len(items):
             raise wrong
-        return tuple(_parse(item, kind, path) for item, kind in zip(items, kinds, strict=True))
+        try:
+            return tuple(_parse(item, kind, path) for item, kind in zip(items, kinds, strict=True))
+        except UserError:
+            raise wrong from None
     if hint is bool and text.lower() in ("true", "false", "1", "0"):
         return text.lower() in ("true", "1")
     if hint is str:
