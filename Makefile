@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow lint clean
+.PHONY: help setup train test test-slow goldens lint clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -25,6 +25,8 @@ help:  ## what there is to make
 	@$(PIP) --requirement requirements-dev.lock
 	@touch $@
 
+setup: .venv/dev.stamp  ## the environment alone, with what the tests need
+
 train: .venv/core.stamp  ## train moe_tiny on the standard library's text, and compare it with n-gram models
 	@$(BIN)/python -m axrepro.quickstart
 
@@ -34,8 +36,13 @@ test: .venv/dev.stamp  ## the default test suite
 test-slow: .venv/dev.stamp  ## the long tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
-lint: .venv/dev.stamp  ## style and common mistakes
+goldens: .venv/dev.stamp  ## write the golden files of all experiments anew; git diff shows what changed
+	@$(BIN)/python -m pytest tests/experiments -k golden --goldens
+
+lint: .venv/dev.stamp  ## style, common mistakes and types
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 clean:  ## remove the environment; runs stay
 	@rm -rf .venv

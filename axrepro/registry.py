@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from axrepro.errors import UserError, nearest
 
@@ -57,7 +58,7 @@ def index(root: Path | None = None) -> list[Entry]:
     return entries
 
 
-def _is_experiment(node: ast.stmt) -> bool:
+def _is_experiment(node: ast.stmt) -> TypeGuard[ast.FunctionDef]:
     if not isinstance(node, ast.FunctionDef) or node.name.startswith("_") or node.returns is None:
         return False
     required = len(node.args.posonlyargs) + len(node.args.args) - len(node.args.defaults)

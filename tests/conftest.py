@@ -1,13 +1,15 @@
-"""Every test runs on eight emulated CPU devices."""
+"""Every test runs on eight emulated CPU devices, and checks the annotations of axrepro at every call."""
 
 import os
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
-from axrepro.core.tree import flatten
-
+# before the first import of axrepro, so none stands at the top of this file; the workers of xdist read it too. An int
+# passes for a float (PEP 484)
+jaxtyping.install_import_hook("axrepro", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # tiny programs run once, so their time is that of code generation; XLA's passes over the whole program still run
@@ -15,9 +17,22 @@ jax.config.update("jax_disable_most_optimizations", True)
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--goldens", action="store_true", help="write the golden files (make goldens)")
+
+
+@pytest.fixture
+def unchecked():
+    """Leaves annotations unchecked: for stand-ins, and for wrong types that the code itself has to refuse."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture
 def assert_close():
     """Whether arrays, or all leaves of nested dicts, agree: norm of the difference over norm of the desired value."""
+    from axrepro.core.tree import flatten
 
     def check(actual, desired, tolerance: float):
         if isinstance(desired, dict):

@@ -4,14 +4,18 @@ Aux trees mirror the nesting of the params. Every mean is kept as (total, count)
 and evaluation batches merge exactly by adding both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from axrepro.core.tree import fill, flatten, unflatten
+
+Leaf = TypeVar("Leaf")  # an array, or what stands for one: under `jax.eval_shape` a ShapeDtypeStruct
 
 
 def _mean_parts(values, mask, weight):
@@ -23,31 +27,46 @@ def _mean_parts(values, mask, weight):
     return weight * jnp.where(mask > 0, values * mask, 0).sum(), mask.sum()
 
 
+_observer: ContextVar[Callable[[jax.Array], jax.Array] | None] = ContextVar("observer", default=None)
+
+
+@contextmanager
+def observing_losses(observer: Callable[[jax.Array], jax.Array]) -> Iterator[None]:
+    """Passes the total of every `Loss.mean` made meanwhile through `observer`, so that it can be found again."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Loss:
+class Loss(Generic[Leaf]):
     """A term of the objective, `total / count`, its weight already in `total`.
 
     Losses of one name (the last part of their path) are one term: their totals and counts add up before the division.
     So a balance loss that eight layers return is averaged over the eight, whether they are scanned or written out.
     """
 
-    total: jax.Array
-    count: jax.Array
+    total: Leaf
+    count: Leaf
 
     @classmethod
     def mean(cls, values, mask=None, weight: float = 1.0) -> "Loss":
         """The mean of `values` over the positions where `mask` is True (or by the mask's weights), times `weight`."""
-        return cls(*_mean_parts(values, mask, weight))
+        total, count = _mean_parts(values, mask, weight)
+        observer = _observer.get()
+        return cls(total if observer is None else observer(total), count)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Metric:
+class Metric(Generic[Leaf]):
     """A reported mean, `total / count`. Its name in the logs is its path."""
 
-    total: jax.Array
-    count: jax.Array
+    total: Leaf
+    count: Leaf
 
     @classmethod
     def mean(cls, values, mask=None) -> "Metric":
@@ -57,13 +76,14 @@ class Metric:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Update:
+class Update(Generic[Leaf]):
     """The new value of the parameter at its path, whose `role` is "updated" (router bias, EMA teacher, codebook)."""
 
-    value: jax.Array
+    value: Leaf
 
 
 Tag = TypeVar("Tag", Loss, Metric, Update)
+Mean = TypeVar("Mean", Loss, Metric)
 
 
 def collect(aux: Mapping, tag: type[Tag]) -> dict[str, Tag]:
@@ -79,7 +99,7 @@ def collect(aux: Mapping, tag: type[Tag]) -> dict[str, Tag]:
     return {path: leaf for path, leaf in flat.items() if isinstance(leaf, tag)}
 
 
-def summed(parts: Loss | Metric) -> Loss | Metric:
+def summed(parts: Mean) -> Mean:
     """Stacked totals and counts (layers, microbatches) added up to scalars."""
     return type(parts)(jnp.sum(parts.total), jnp.sum(parts.count))
 

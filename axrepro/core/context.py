@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from axrepro.core.products import Products
 from axrepro.core.sharding import Rules
 
 _static = {"static": True}
@@ -25,7 +26,8 @@ class Context:
       memory, memory_segment_ids: [B, S, D] and int32[B, S], what cross-attention reads.
       train: whether this is a training step (dropout, capacity).
       phase: the name of the update phase, where a method has several.
-      dtype: compute type.   remat: name of the rematerialisation policy, see `axrepro.nn.remat`.
+      dtype: compute type.   remat: name of the rematerialisation policy, see `axrepro.core.remat`.
+      products: the format of products with weights.
       in_scan: whether this is the body of a loop, out of which XLA cannot merge equal computations.
       platform: "cpu", "gpu" or "tpu", the platform compiled *for*: kernels are chosen by it.
       rules, mesh: the sharding table and the mesh; without a mesh nothing is constrained.
@@ -41,6 +43,7 @@ class Context:
     phase: str = field(default="train", metadata=_static)
     dtype: str = field(default="float32", metadata=_static)
     remat: str = field(default="none", metadata=_static)
+    products: Products = field(default=Products(), metadata=_static)
     in_scan: bool = field(default=False, metadata=_static)
     platform: str = field(default="cpu", metadata=_static)
     rules: Rules = field(default=Rules(), metadata=_static)
@@ -69,8 +72,13 @@ class Context:
         return x.astype(self.dtype)
 
     def shard(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        """Constrains the layout of `x` by its logical axes, one per dimension."""
+        """Constrains the layout of `x` by its logical axes, one per dimension.
+
+        Raises:
+          UserError: for an axis that has no rule, or two on one mesh axis, also where nothing is split.
+        """
         if self.mesh is None or self.mesh.size == 1:
+            self.rules.check(axes)
             return x
         spec = self.rules.spec(axes, x.shape, dict(self.mesh.shape))
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))

@@ -122,9 +122,17 @@ def linear(shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int, **
     return Param(shape=shape, axes=axes, init=Normal(fan_in**-0.5), **kwargs)
 
 
-def vector(shape: tuple[int, ...], axes: tuple[str | None, ...], value: float, **kwargs) -> Param:
+def vector(
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    value: float,
+    *,
+    decay: bool = False,
+    matmul: bool = False,
+    **kwargs,
+) -> Param:
     """A norm scale or bias: constant at first, neither decayed nor counted as a matrix product."""
-    return Param(shape=shape, axes=axes, init=Constant(value), **{"decay": False, "matmul": False} | kwargs)
+    return Param(shape=shape, axes=axes, init=Constant(value), decay=decay, matmul=matmul, **kwargs)
 
 
 def stack(specs: Mapping, times: int, axis: str, active: float = 1.0) -> dict:

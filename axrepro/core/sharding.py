@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import jax
 import numpy as np
@@ -117,6 +118,8 @@ class Rules:
             for name in names:
                 if name not in known:
                     raise UserError(f"the rule {axis}={names!r} has no mesh axis {name!r}; {nearest(name, known)}")
+                if names.count(name) > 1:
+                    raise UserError(f"the rule {axis}={names!r} uses the mesh axis {name!r} twice")
 
     def spec(self, axes: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
         """The partition of a tensor.
@@ -155,6 +158,11 @@ class Rules:
             entries.pop()
         return PartitionSpec(*entries)
 
+    def check(self, axes: Sequence[str | None]) -> None:
+        """Raises UserError for a logical axis without a rule, or two that need one mesh axis, on whatever mesh."""
+        names = [f.name for f in fields(MeshShape)]
+        self.spec(axes, [2 ** len(names)] * len(axes), dict.fromkeys(names, 2))
+
     def replace(self, **axes: tuple[str, ...]) -> "Rules":
         """The table with entries changed: `rules.replace(embed=("fsdp",))`.
 
@@ -191,7 +199,7 @@ def shard_bytes(shape: Sequence[int], itemsize: int, partition: PartitionSpec, s
     return math.prod(shape) * itemsize // ways
 
 
-def named(mesh: Mesh, partitions) -> object:
+def named(mesh: Mesh, partitions) -> Any:
     """NamedSharding for every PartitionSpec in a tree."""
     is_spec = lambda leaf: isinstance(leaf, PartitionSpec)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partitions, is_leaf=is_spec)

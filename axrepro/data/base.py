@@ -4,8 +4,8 @@ Most sources can look an example up by its number, so they implement `Examples` 
 layout of hosts sees the same batches. A source that can only stream overrides `Data.batches` with `Batches` of its own.
 """
 
-import math
 import operator
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,6 +88,10 @@ class Batches(ABC):
           UserError: if it is not such a position.
         """
 
+    def stats(self) -> dict[str, int]:
+        """The `stats` of the examples in it, where it has any."""
+        return {}
+
     def close(self) -> None:
         """Releases threads and files. There are no batches afterwards."""
 
@@ -113,7 +117,7 @@ class IndexedBatches(Batches):
             raise UserError("the data has no examples, so there are no batches")
         self.examples = examples
         self._size = batch_size
-        self._end = math.inf if epochs is None else epochs * len(examples)
+        self._end = sys.maxsize if epochs is None else epochs * len(examples)
         self._next = 0
         self._arrays = {
             name: jax.ShapeDtypeStruct((batch_size, *empty.shape[1:]), empty.dtype)
@@ -134,7 +138,7 @@ class IndexedBatches(Batches):
                 made[start, stop] = self.examples.rows(indices[start:stop])
             return made[start, stop][name][(slice(None), *index[1:])]
 
-        batch = {
+        batch: dict[str, jax.Array] = {
             name: jax.make_array_from_callback(array.shape, self._shardings[name], partial(part, name), array.dtype)
             for name, array in self._arrays.items()
         }
@@ -152,7 +156,7 @@ class IndexedBatches(Batches):
             (name, value), *more = position.items()
             index = operator.index(value)
         except (AttributeError, TypeError, ValueError):
-            name, index, more = None, -1, []
+            name, value, index, more = None, None, -1, []
         if name != "next_example" or more or index < 0 or isinstance(value, bool):
             raise UserError(f'{position!r} is no data position; it is {{"next_example": N}} with N of 0 or more')
         self._next = index

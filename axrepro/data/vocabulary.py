@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, SupportsIndex
 
 import numpy as np
 
@@ -46,7 +46,7 @@ class Vocabulary(ABC):
         """
 
     @abstractmethod
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of ids; special ones are left out wherever they stand."""
 
 
@@ -57,17 +57,17 @@ class Bytes(Vocabulary):
     The ids of SeqIO's byte vocabulary. Any bytes are allowed; `decode` writes U+FFFD for those that are not UTF-8.
     """
 
-    name: ClassVar[str] = "bytes"
-    size: ClassVar[int] = 259
-    pad_id: ClassVar[int] = 0
-    eos_id: ClassVar[int] = 1
-    first_id: ClassVar[int] = 3
+    name = "bytes"
+    size = 259
+    pad_id = 0
+    eos_id = 1
+    first_id = 3
 
     def encode(self, text: bytes | str) -> np.ndarray:
         raw = text.encode() if isinstance(text, str) else text
         return np.frombuffer(raw, np.uint8).astype(np.int32) + self.first_id
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
         raw = ids[(ids >= self.first_id) & (ids < self.size)] - self.first_id
         return raw.astype(np.uint8).tobytes().decode(errors="replace")
@@ -130,6 +130,6 @@ class SentencePiece(Vocabulary):
         text = text.decode() if isinstance(text, bytes) else text
         return np.asarray(_processor(self.path).encode(text), np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         processor = _processor(self.path)
         return processor.decode([i for i in map(int, ids) if not processor.is_control(i)])

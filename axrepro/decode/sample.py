@@ -1,6 +1,7 @@
 """Sampling by running the whole prefix again for every token: simple, and fast enough for short texts."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ def _sample(model: CausalLM, params, tokens, start, length, key, temperature, eo
 def sample(
     model: CausalLM,
     params: dict,
-    prompt: np.ndarray,
+    prompt: Sequence[int] | np.ndarray,
     length: int,
     *,
     eos_id: int,

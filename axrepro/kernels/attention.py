@@ -181,6 +181,7 @@ def _splash(q, k, v, *, mask, segment_ids, key_segment_ids, prefix, logit_cap, i
 
         q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q * q.shape[-1] ** -0.5, k, v))  # [B, heads, length, K]
         in_axes = (0, 0, 0, None if query_segments is None else 0, None if query_segments is None else 0)
+        # pyrefly: ignore[bad-argument-type]  # the kernel returns a tuple only where it is asked for residuals
         return jnp.moveaxis(jax.vmap(one, in_axes)(q, k, v, query_segments, key_segments), 1, 2)
 
     if segment_ids is not None and key_segment_ids is None:

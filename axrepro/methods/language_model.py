@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from axrepro.core.aux import Loss, Metric
 from axrepro.core.context import Context
-from axrepro.core.interfaces import Flops, Method
-from axrepro.core.param import matmul_flops
+from axrepro.core.flops import Flops, train_flops
+from axrepro.core.interfaces import Method
 from axrepro.errors import UserError
 from axrepro.losses.cross_entropy import chunked_cross_entropy
 from axrepro.models.causal_lm import CausalLM
@@ -61,9 +61,7 @@ class LanguageModel(Method):
 
     def flops(self, batch: Mapping[str, tuple[int, ...]]) -> Flops:
         rows, length = batch["tokens"]
-        per_token = matmul_flops(self.specs())
-        causal, full = (self.model.attention_flops(length, full=full) for full in (False, True))
-        return Flops(causal=3 * rows * length * (per_token + causal), full=3 * rows * length * (per_token + full))
+        return train_flops(self.specs(), rows * length, lambda full: self.model.attention_flops(length, full))
 
     def check(self, batch: Mapping[str, tuple[int, ...]], vocab_size: int | None) -> None:
         if missing := sorted({"tokens", "targets"} - set(batch)):

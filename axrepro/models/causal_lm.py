@@ -37,7 +37,7 @@ class CausalLM:
 
     def specs(self) -> dict:
         """All parameters."""
-        specs = {
+        specs: dict = {
             "embed": self._embed.specs(self.dim),
             "layers": self.layers.specs(self.dim),
             "norm": self.norm.specs(self.dim),

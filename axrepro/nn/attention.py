@@ -9,10 +9,10 @@ from jaxtyping import Array, Float
 from axrepro.core.context import Context
 from axrepro.core.interfaces import Layer
 from axrepro.core.param import linear, vector
+from axrepro.core.remat import tag
 from axrepro.errors import UserError
 from axrepro.kernels.attention import Implementation, Mask, attention
 from axrepro.nn.linear import matmul
-from axrepro.nn.remat import tag
 from axrepro.nn.rope import RoPE
 
 
@@ -66,7 +66,7 @@ class Attention(Layer):
         head_dim, heads, kv_heads = self._head_dim(dim), self.num_heads, self.kv_heads
         if self.rope is not None:
             self.rope.frequencies(head_dim)  # raises if it cannot rotate this many
-        specs = {
+        specs: dict = {
             "q": linear((dim, heads, head_dim), ("embed", "heads", "head_dim"), fan_in=dim),
             "k": linear((dim, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), fan_in=dim),
             "v": linear((dim, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"), fan_in=dim),
@@ -90,7 +90,7 @@ class Attention(Layer):
         aux = {}
 
         def project(inputs, name, heads):
-            y = matmul(inputs, params[name], ctx)
+            y = matmul(inputs, params[name], ctx, part="attention")
             if self.qkv_bias:
                 y += ctx.cast(params[f"{name}_bias"])
             if self.qk_norm is not None and name != "v":
@@ -116,7 +116,7 @@ class Attention(Layer):
             platform=ctx.platform,
             sharding=self._sharding(q, ctx),
         )
-        out = matmul(tag(y, "attention"), params["out"], ctx, contracted=2)
+        out = matmul(tag(y, "attention"), params["out"], ctx, contracted=2, part="attention")
         if self.out_bias:
             out += ctx.cast(params["out_bias"])
         return tag(ctx.shard(out, "batch", "seq", "embed_act"), "attention_out"), aux
@@ -131,6 +131,7 @@ class Attention(Layer):
         return NamedSharding(ctx.mesh, spec)
 
     def attention_flops(self, dim: int, length: int, full: bool) -> float:
+        # memory that cross-attention reads counts as long as the queries
         window = length if self.mask.window is None else min(length, self.mask.window)
         keys = length if full or not self.mask.causal else window * (1 - window / (2 * length))
         return 2 * 2.0 * keys * self.num_heads * self._head_dim(dim)

@@ -11,10 +11,10 @@ from axrepro.core.config import swap
 from axrepro.core.context import Context
 from axrepro.core.interfaces import Layer
 from axrepro.core.param import stack
+from axrepro.core.remat import rematerialised, tag
 from axrepro.errors import UserError
 from axrepro.nn.feed_forward import FeedForward
 from axrepro.nn.norm import RMSNorm
-from axrepro.nn.remat import rematerialised, tag
 
 
 def dropout(x: Float[Array, "*B"], rate: float, ctx: Context) -> Float[Array, "*B"]:

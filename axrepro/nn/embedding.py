@@ -31,7 +31,7 @@ class Embedding(Layer):
         shape, axes = (self.vocab_size, dim), ("vocab", "embed")
         return {"table": Param(shape=shape, axes=axes, init=init, decay=False, matmul=self.tied)}
 
-    def apply(self, params: dict, tokens: Int[Array, "B T"], ctx: Context) -> tuple[Float[Array, "B T D"], dict]:
+    def apply(self, params: dict, x: Int[Array, "B T"], ctx: Context) -> tuple[Float[Array, "B T D"], dict]:
         table = ctx.shard(ctx.cast(params["table"]), "vocab", None)
-        x = jnp.take(table, tokens, axis=0) * jnp.asarray(self.scale, ctx.dtype)
-        return ctx.shard(x, "batch", "seq", "embed_act"), {}
+        rows = jnp.take(table, x, axis=0) * jnp.asarray(self.scale, ctx.dtype)
+        return ctx.shard(rows, "batch", "seq", "embed_act"), {}

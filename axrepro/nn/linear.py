@@ -6,10 +6,19 @@ import jax
 from jaxtyping import Array, Float
 
 from axrepro.core.context import Context
+from axrepro.core.products import Part
+from axrepro.core.remat import tag
+from axrepro.nn.quantised import quantised_product
 
 
 def matmul(
-    x: Float[Array, "..."], weight: Float[Array, "..."], ctx: Context, *, contracted: int = 1, dtype: str | None = None
+    x: Float[Array, "..."],
+    weight: Float[Array, "..."],
+    ctx: Context,
+    *,
+    contracted: int = 1,
+    dtype: str | None = None,
+    part: Part | None = None,
 ) -> Float[Array, "..."]:
     """x[*B, *D] weight[*D, *F] -> [*B, *F], where *D are `contracted` dimensions; both in the compute type.
 
@@ -19,8 +28,11 @@ def matmul(
 
     Args:
       dtype: of accumulation and result; None: that of the operands.
+      part: what of a model this is, by which `ctx.products` may choose 8 bits; None: exact.
     """
     x, weight = ctx.cast(x), ctx.cast(weight)
+    if (format := ctx.products.of(part)) != "exact":
+        return tag(quantised_product(x, weight, contracted, format).astype(dtype or ctx.dtype), "product")
     batch, out = x.shape[: x.ndim - contracted], weight.shape[contracted:]
     if ctx.platform == "cpu":
         inner = math.prod(weight.shape[:contracted])

@@ -20,8 +20,8 @@ from axrepro.core.aux import Loss, Metric
 from axrepro.core.context import Context
 from axrepro.core.interfaces import Layer
 from axrepro.core.param import linear, stack
+from axrepro.core.remat import tag
 from axrepro.errors import UserError
-from axrepro.nn.remat import tag
 
 
 @jax.tree_util.register_dataclass
@@ -212,7 +212,7 @@ class MoE(Layer):
     def _experts(self, params, xe: Float[Array, "E N C D"], ctx: Context):
         keys = ctx.keys(self.num_experts)
         # the constraints above lay out the expert axis; inside, one expert sees only its own tokens
-        inner = replace(ctx, mesh=None, segment_ids=None, positions=None)
+        inner = replace(ctx, mesh=None, segment_ids=None, positions=None, products=ctx.products.in_experts())
 
         def one(params, x, key):
             return self.expert.apply(params, x, replace(inner, key=key))

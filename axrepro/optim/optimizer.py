@@ -73,7 +73,7 @@ def check_globs(field: str, globs: tuple[str, ...], paths: list[str]) -> None:
         if index in effective:
             continue
         if taken := [path for path in paths if matches(path, glob)]:
-            earlier = globs[first_match(taken[0], globs)]
+            earlier = next(earlier for earlier in globs if matches(taken[0], earlier))
             raise UserError(f"{field}: {glob!r} comes too late, {earlier!r} takes {taken[0]!r} first; put it before")
         near = get_close_matches(glob.replace("**", "").strip("*/"), paths, n=1, cutoff=0.0)
         hint = f"the nearest is {near[0]!r}" if near else "there are none"
@@ -91,6 +91,7 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
         updates, state = inner.update(optax.tree.cast(updates, jnp.float32), state, wide)
         return jax.tree.map(lambda update, param: update.astype(param.dtype), updates, params), state
 
+    # pyrefly: ignore[bad-argument-type]  # optax lets callers leave out params, which the result's dtypes are read from
     return optax.GradientTransformation(init, update)
 
 

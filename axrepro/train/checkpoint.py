@@ -18,7 +18,7 @@ from axrepro.train.workdir import Workdir
 class Saved:
     """A restored checkpoint."""
 
-    state: TrainState
+    state: TrainState[jax.Array]
     data_position: dict
 
 
@@ -56,7 +56,9 @@ class Checkpoints:
             enable_async_checkpointing=not read_only,
         )
         try:
-            handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "opt_state", "train", "average")}
+            handlers: dict[str, ocp.CheckpointHandler] = {
+                name: ocp.StandardCheckpointHandler() for name in ("params", "opt_state", "train", "average")
+            }
             handlers["data"] = ocp.JsonCheckpointHandler()
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         except (OSError, ValueError) as error:
@@ -66,7 +68,7 @@ class Checkpoints:
         """The newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, data_position: dict) -> None:
+    def save(self, state: TrainState[jax.Array], data_position: dict) -> None:
         """Starts saving in the background, after the previous save has ended."""
         step = int(state.step)
         if step == self.latest_step() or step == self._pending:
@@ -103,33 +105,32 @@ class Checkpoints:
         step, self._pending = self._pending, None
         return step
 
-    def restore(self, abstract: TrainState, step: int | None = None) -> Saved:
+    def restore(self, abstract: TrainState[jax.ShapeDtypeStruct], step: int | None = None) -> Saved:
         """A checkpoint, laid out as `abstract` says, whatever mesh it was saved on.
 
         Raises:
           UserError: if there is none, it is damaged, or it is of another model or optimizer. The disk stays as it is.
         """
-        step = self.latest_step() if step is None else step
-        self._check_exists(step)
+        step = self._existing(step)
         self._check_average(step, abstract)
         out = self._restore(step, _items(abstract), data=ocp.args.JsonRestore())
         key = jax.jit(jax.random.wrap_key_data, out_shardings=abstract.key.sharding)(out["train"]["key"])
         train, average = out["train"], out["average"] if abstract.average else {}
-        state = TrainState(train["step"], out["params"], out["opt_state"], key, train["skips"], average)
+        state: TrainState[jax.Array] = TrainState(
+            train["step"], out["params"], out["opt_state"], key, train["skips"], average
+        )
         if int(jax.device_get(state.step)) != step:
             raise self._damaged(step, ValueError(f"it holds step {int(state.step)}"))
         return Saved(state, out["data"])
 
     def restore_params(self, abstract: dict, step: int | None = None) -> tuple[dict, int]:
         """The params alone, and their step. Raises as `restore` does."""
-        step = self.latest_step() if step is None else step
-        self._check_exists(step)
+        step = self._existing(step)
         return self._restore(step, {"params": abstract})["params"], step
 
-    def restore_averaged(self, abstract: TrainState) -> tuple[dict, dict, int]:
+    def restore_averaged(self, abstract: TrainState[jax.ShapeDtypeStruct]) -> tuple[dict, dict, int]:
         """What an evaluation needs of the last checkpoint: params, average and step. Raises as `restore` does."""
-        step = self.latest_step()
-        self._check_exists(step)
+        step = self._existing(None)
         self._check_average(step, abstract)
         items = {name: item for name, item in _items(abstract).items() if name in ("params", "average")}
         out = self._restore(step, items)
@@ -144,11 +145,13 @@ class Checkpoints:
         except Exception as error:
             raise self._damaged(step, error) from error
 
-    def _check_exists(self, step: int | None) -> None:
+    def _existing(self, step: int | None) -> int:
+        step = self.latest_step() if step is None else step
         steps = sorted(self._manager.all_steps())
         if step is None or step not in steps:
             have = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
             raise UserError(f"no checkpoint {'' if step is None else f'{step} '}in {self.folder}; {have}")
+        return step
 
     def _check_average(self, step: int, abstract: TrainState) -> None:
         folder = self.folder / str(step)

@@ -36,7 +36,9 @@ class Evaluator:
     def _means(self, params: dict, batches: int | None) -> dict[str, float]:
         experiment, sums = self._program.experiment, {}
         if self._data is None:
-            self._data = experiment.data.batches("eval", experiment.train.seed, self._program.mesh, experiment.rules)
+            self._data = experiment.data.batches(
+                "eval", experiment.train.seed, self._program.run_mesh, experiment.rules
+            )
             self._start = self._data.position()
         self._data.seek(self._start)
         for batch in itertools.islice(self._data, batches):

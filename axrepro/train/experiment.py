@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from axrepro.core.config import override
 from axrepro.core.interfaces import Method
+from axrepro.core.products import Products
 from axrepro.core.sharding import MeshShape, Rules
 from axrepro.data import Data
 from axrepro.errors import UserError
@@ -28,7 +29,8 @@ class Train:
       log_every: steps between logged lines.
       grad_accumulation: microbatches per step; the gradient is that of the whole batch.
       dtype: compute type; parameters stay in float32.
-      remat: which activations are kept for the backward pass, see `axrepro.nn.remat`.
+      remat: which activations are kept for the backward pass, see `axrepro.core.remat`.
+      products: products with weights in 8 bits, evaluation included; "exact" unless asked for.
       not_finite: "stop" ends the run at a step whose loss or gradients are inf or nan, "skip" leaves that step out (and
         stops after `max_skips` in a row). Either way such a step changes no parameter.
       compiler_options: XLA flags for the step, (name, value) pairs.
@@ -41,6 +43,7 @@ class Train:
     grad_accumulation: int = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: str = "none"
+    products: Products = Products()
     not_finite: Literal["stop", "skip"] = "stop"
     max_skips: int = 20
     compiler_options: tuple[tuple[str, str], ...] = ()
@@ -100,6 +103,12 @@ class MeshRule:
     match: str
     changes: tuple[tuple[str, Any], ...]
 
+    def __post_init__(self):
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise UserError(f"mesh rule match={self.match!r} is no regular expression: {error}") from None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
@@ -110,6 +119,7 @@ class Experiment:
       average: a running average of the trained parameters, which every evaluation uses; None: there is none.
       rules: logical axes to mesh axes.   mesh: devices per mesh axis.
       mesh_rules: changes for particular hardware; the first match applies, before those of the command line.
+      allow: findings of `axrepro.train.lint` that are meant: a kind, or kind:path with globs ("replicated:embed/*").
     """
 
     method: Method
@@ -122,6 +132,7 @@ class Experiment:
     mesh: MeshShape = MeshShape()
     mesh_rules: tuple[MeshRule, ...] = ()
     rules: Rules = Rules()
+    allow: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.eval.raw and self.average is None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jax
 
+from axrepro.core.flops import speeds
 from axrepro.core.interfaces import Method
 from axrepro.core.sharding import make_mesh
 from axrepro.data import Batches, prefetch
@@ -33,7 +34,7 @@ class Outcome:
       resumed_from: the step of the checkpoint it started from; None for a new run.   scalars: the last logged ones.
     """
 
-    state: TrainState
+    state: TrainState[jax.Array]
     step: int
     complete: bool
     resumed_from: int | None
@@ -66,7 +67,7 @@ def train(experiment: Experiment, workdir: Workdir, name: str) -> Outcome:
         jax.config.update("jax_compilation_cache_dir", settings.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1)
     checkpoints = Checkpoints(workdir, experiment.checkpoint.keep, experiment.checkpoint.keep_every)
-    batches = prefetch(experiment.data.batches("train", settings.seed, program.mesh, experiment.rules))
+    batches = prefetch(experiment.data.batches("train", settings.seed, program.run_mesh, experiment.rules))
     try:
         resumed_from = checkpoints.latest_step()
         if resumed_from is None:
@@ -96,11 +97,13 @@ def compile_step(program: Program, batch: dict):
     """The train step, compiled ahead of its first use: it cannot be compiled twice. The state is donated."""
     out_shardings = (program.shardings, program.replicated)
     jitted = jax.jit(functools.partial(train_step, program), donate_argnums=0, out_shardings=out_shardings)
-    options = dict(program.experiment.train.compiler_options)
+    options: dict[str, str | bool] = dict(program.experiment.train.compiler_options)
     return jitted.lower(program.abstract_state, batch).compile(options or None)
 
 
-def _run(program, state, batches: Batches, checkpoints, writers, preemption) -> tuple[TrainState, dict[str, float]]:
+def _run(
+    program, state, batches: Batches, checkpoints, writers, preemption
+) -> tuple[TrainState[jax.Array], dict[str, float]]:
     experiment, settings = program.experiment, program.experiment.train
     step = int(state.step)
     if step == settings.steps:
@@ -160,7 +163,7 @@ class Meter:
         self._units = (
             shapes["tokens"][0] * shapes["tokens"][1] if "tokens" in shapes else program.experiment.data.batch_size
         )
-        self._flops = program.experiment.method.flops(shapes).causal / program.mesh.size
+        self._flops, self._devices = program.experiment.method.flops(shapes), program.run_mesh.size
         self._peak = peak_flops(jax.devices())
 
     def scalars(self, step: int, report: dict) -> dict[str, float]:
@@ -171,13 +174,10 @@ class Meter:
         seconds = self.watch.lap(step)
         scalars["step_time_s"] = seconds
         scalars[f"{self._unit}_per_s"] = self._units / seconds
-        scalars["tflops_per_device"] = self._flops / seconds / 1e12
-        if self._peak is not None:
-            scalars["mfu"] = self._flops / seconds / self._peak
-        return scalars
+        return scalars | speeds(self._flops, seconds, self._devices, self._peak)
 
 
-def _rollout(program: Program) -> Callable[[TrainState, dict], dict]:
+def _rollout(program: Program) -> Callable[[TrainState[jax.Array], dict], dict]:
     """The method's `rollout` under jit; nothing at all for methods that have none."""
     method = program.experiment.method
     if type(method).rollout is Method.rollout:

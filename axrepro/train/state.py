@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,15 @@ from axrepro.errors import UserError, located
 from axrepro.optim import Average, state_partitions
 from axrepro.train.experiment import Experiment
 
+Leaf = TypeVar("Leaf")
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class TrainState:
+class TrainState(Generic[Leaf]):
     """Everything that a checkpoint holds, but the data position.
+
+    Its leaves are arrays, or what stands for them: ShapeDtypeStructs, PartitionSpecs, NamedShardings.
 
     Attributes:
       step: int32, steps taken.   params: all parameters, whatever their role.
@@ -31,10 +36,10 @@ class TrainState:
       average: state of `Experiment.average`, {} where that is None.
     """
 
-    step: jax.Array
+    step: Leaf
     params: dict
     opt_state: dict
-    key: jax.Array
+    key: Leaf
     skips: dict
     average: dict
 
@@ -50,6 +55,13 @@ class Program:
     experiment: Experiment
     mesh: Mesh | None
     platform: str
+
+    @property
+    def run_mesh(self) -> Mesh:
+        """The mesh. Raises ValueError where nothing is to run."""
+        if self.mesh is None:
+            raise ValueError("this program has no mesh: it can be described, but not run")
+        return self.mesh
 
     @cached_property
     def specs(self) -> dict:
@@ -123,12 +135,13 @@ class Program:
             phase=phase,
             dtype=settings.dtype,
             remat=settings.remat if train else "none",
+            products=settings.products,
             platform=self.platform,
             rules=self.experiment.rules,
             mesh=self.mesh,
         )
 
-    def init(self, seed: int) -> TrainState:
+    def init(self, seed: int | jax.Array) -> TrainState[jax.Array]:
         """The first state; pure, to be run under jit with `shardings` as output."""
         key = jax.random.key(seed)
         params = init_params(self.specs, jax.random.fold_in(key, 0))
@@ -141,7 +154,7 @@ class Program:
         return TrainState(zero, params, opt_state, jax.random.fold_in(key, 1), {"total": zero, "in_row": zero}, average)
 
     @cached_property
-    def abstract_state(self) -> TrainState:
+    def abstract_state(self) -> TrainState[jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the state, with their shardings; no array is made."""
         shapes = jax.eval_shape(self.init, 0)
         return jax.tree.map(
@@ -151,22 +164,22 @@ class Program:
         )
 
     @cached_property
-    def partitions(self) -> TrainState:
+    def partitions(self) -> TrainState[PartitionSpec]:
         """A PartitionSpec per leaf of the state."""
-        return state_layout(self, dict(self.mesh.shape))
+        return state_layout(self, dict(self.run_mesh.shape))
 
     @cached_property
-    def shardings(self) -> TrainState:
+    def shardings(self) -> TrainState[NamedSharding]:
         """A NamedSharding per leaf of the state."""
-        return named(self.mesh, self.partitions)
+        return named(self.run_mesh, self.partitions)
 
     @property
     def replicated(self) -> NamedSharding:
         """Whole on every device: what scalars for the host need."""
-        return NamedSharding(self.mesh, PartitionSpec())
+        return NamedSharding(self.run_mesh, PartitionSpec())
 
 
-def state_layout(program: Program, sizes: Mapping[str, int]) -> TrainState:
+def state_layout(program: Program, sizes: Mapping[str, int]) -> TrainState[PartitionSpec]:
     """A PartitionSpec per leaf of the state on a mesh of these sizes; what belongs to a parameter lies like it."""
     params = param_partitions(program.specs, program.experiment.rules, sizes)
     opt_state = {}

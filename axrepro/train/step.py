@@ -11,7 +11,7 @@ from axrepro.core.tree import fill, flatten, select
 from axrepro.train.state import Program, TrainState
 
 
-def train_step(program: Program, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+def train_step(program: Program, state: TrainState[jax.Array], batch: dict) -> tuple[TrainState[jax.Array], dict]:
     """One step: every phase of the method in order, each with its own gradients and optimizer.
 
     A step with a loss, gradient or update that is not finite changes nothing but `step` and `skips`.
@@ -37,6 +37,7 @@ def train_step(program: Program, state: TrainState, batch: dict) -> tuple[TrainS
         optimizer = program.optimizers[phase.name]
         delta, opt_state[phase.name] = optimizer.update(grads, opt_state[phase.name], active)
         updates = collect(aux, Update)
+        # pyrefly: ignore[bad-argument-type]  # optax returns the structure it is given, but types any pytree
         params = fill(program.specs, optax.apply_updates(active, delta), rest)
         params = apply_updates(params, updates, program.specs)
 

@@ -131,7 +131,7 @@ class Writers:
 
 def _summary(scalars: Mapping[str, float]) -> str:
     shown = {"loss": "{:.4f}", "eval/loss": "{:.4f}", "eval/bits_per_byte": "{:.4f}", "grad_norm": "{:.2f}"}
-    shown |= {"tokens_per_s": "{:,.0f}", "mfu": "{:.1%}", "skipped_steps": "{:.0f}"}
+    shown |= {"tokens_per_s": "{:,.0f}", "mfu": "{:.1%}", "mfu_full": "{:.1%}", "skipped_steps": "{:.0f}"}
     parts = [f"{name} {form.format(scalars[name])}" for name, form in shown.items() if name in scalars]
     return "  ".join(parts)
 

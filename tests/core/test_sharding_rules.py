@@ -138,7 +138,7 @@ class Chip:
         return self.id % 4 % 2, self.id % 4 // 2, 0
 
 
-def test_the_data_axis_spans_the_slices_and_the_others_stay_inside(monkeypatch):
+def test_the_data_axis_spans_the_slices_and_the_others_stay_inside(monkeypatch, unchecked):
     # the stand-ins are no jax devices, so the mesh around their grid is left out
     monkeypatch.setattr("axrepro.core.sharding.Mesh", lambda grid, names, axis_types: grid)
     chips = [Chip(id=i, slice_index=i // 4) for i in range(8)]
@@ -150,7 +150,7 @@ def test_the_data_axis_spans_the_slices_and_the_others_stay_inside(monkeypatch):
         make_mesh(MeshShape(data=1, fsdp=8), chips)
 
 
-def test_hosts_of_gpus_are_no_slices_and_their_devices_stay_together(monkeypatch):
+def test_hosts_of_gpus_are_no_slices_and_their_devices_stay_together(monkeypatch, unchecked):
     monkeypatch.setattr("axrepro.core.sharding.Mesh", lambda grid, names, axis_types: grid)
     gpus = [Chip(id=i, slice_index=i // 4, platform="gpu") for i in range(8)]  # XLA numbers hosts as slices
     grid = make_mesh(MeshShape(data=1, fsdp=4, expert=2), gpus).reshape(4, 2)
@@ -166,7 +166,7 @@ def test_hosts_of_gpus_are_no_slices_and_their_devices_stay_together(monkeypatch
         (lambda: Rules().add(mine=("modle",)), "'modle'; did you mean 'model'"),
     ],
 )
-def test_a_misspelt_rule_is_an_error_and_no_replicated_weight(change, message):
+def test_a_misspelt_rule_is_an_error_and_no_replicated_weight(change, message, unchecked):
     with pytest.raises(UserError, match=message):
         change()
 

@@ -1,6 +1,7 @@
 """Sampling continues a prompt as the model's own probabilities say."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,7 +20,7 @@ NEVER = 99  # no end-id
 def logits_of(model, params, tokens) -> np.ndarray:
     """Next-token logits after `tokens`, from the model run on them alone."""
     ctx = Context()
-    hidden, _ = model.apply(params, np.asarray(tokens)[None], ctx)
+    hidden, _ = model.apply(params, jnp.asarray(tokens)[None], ctx)
     return np.asarray(model.logits(params, hidden, ctx))[0, -1]
 
 

@@ -206,7 +206,7 @@ def shaped(length=128, head_dim=64, dtype=jnp.float32):
         ("xla", [jnp.zeros((1, 4, 3, 8)), *[jnp.zeros((1, 4, 2, 8))] * 2], {}, "3 query heads are no multiple of 2"),
     ],
 )
-def test_what_an_implementation_lacks_is_an_error_that_names_it(implementation, inputs, options, message):
+def test_what_an_implementation_lacks_is_an_error_that_names_it(implementation, inputs, options, message, unchecked):
     with pytest.raises(UserError, match=message):
         attention(*inputs, mask=Mask(), implementation=implementation, **options)
 

@@ -10,10 +10,10 @@ import pytest
 
 from axrepro.core import Context, Layer
 from axrepro.core.param import abstract_params, init_params
+from axrepro.core.remat import NAMES, POLICIES
 from axrepro.core.tree import flatten
 from axrepro.errors import UserError
 from axrepro.nn import Attention, Block, FeedForward, LayerNorm, MoE, Repeat, RMSNorm, Sequence, TopK, dropout
-from axrepro.nn.remat import NAMES, POLICIES
 
 DIM = 8
 BLOCK = Block(attention=Attention(num_heads=2), ffn=FeedForward(hidden=12))

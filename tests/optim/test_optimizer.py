@@ -246,7 +246,7 @@ def test_overrides_reach_into_the_rules():
         ),
     ],
 )
-def test_refused_value_is_named_with_its_field(make, message):
+def test_refused_value_is_named_with_its_field(make, message, unchecked):
     with pytest.raises(UserError) as error:
         make()
     assert str(error.value).startswith(message)

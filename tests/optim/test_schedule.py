@@ -118,7 +118,7 @@ def test_decay_that_overlaps_the_warmup_names_both_fields():
         (lambda: InverseSqrt(peak=1.0, warmup=0), "InverseSqrt.warmup=0"),
     ],
 )
-def test_refused_value_is_named_with_its_field(make, field):
+def test_refused_value_is_named_with_its_field(make, field, unchecked):
     with pytest.raises(UserError) as error:
         make()
     assert str(error.value).startswith(f"{field}: it takes ")

@@ -13,7 +13,7 @@ from axrepro.core import MeshShape
 from axrepro.core.tree import flatten
 from axrepro.errors import UserError
 from axrepro.optim import AdamW, Constant, Ema, Uniform
-from axrepro.train.describe import bytes_per_device
+from axrepro.train.effect import effect
 from axrepro.train.evaluate import Evaluator
 from axrepro.train.experiment import Checkpointing, Evaluation, Experiment, Train
 from axrepro.train.loop import build_program, compile_step, evaluate, train
@@ -136,5 +136,5 @@ def test_the_average_lies_like_its_parameters_takes_their_bytes_and_is_donated()
         assert mean.sharding == leaf.sharding
         assert not leaf.sharding.is_fully_replicated
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(new.average))
-    assert bytes_per_device(config, 8)["averaged parameters"] == held
-    assert "averaged parameters" not in bytes_per_device(experiment(None), 8)
+    assert effect(config, "cpu-8", 8, 1).bytes_per_device["averaged parameters"] == held
+    assert "averaged parameters" not in effect(experiment(None), "cpu-8", 8, 1).bytes_per_device

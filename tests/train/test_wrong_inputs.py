@@ -9,6 +9,7 @@ from runs import SMALL, launch
 from axrepro import launch as launcher
 
 FIRST_MOE = "--method.model.layers.layer.layers.1.ffn"
+V5P = ("--mode=describe", "--topology=v5p-1024")
 FAULTS = {
     "unknown experiment": (("--experiment=moe_tinny",), "moe_tinny", "moe_tiny"),
     "unknown file": (("--experiment=moe_dens:tiny",), "moe_dens:tiny", "moe_dense:tiny"),
@@ -77,6 +78,23 @@ FAULTS = {
         "tuple[tuple[str, float], ...]",
     ),
     "raw of no average": (("--experiment=moe_tiny", "--eval.raw=true"), "eval.raw=True", "average"),
+    "explain while training": (("--experiment=moe_tiny", "--explain=train.steps"), "--explain", "--mode=describe"),
+    "diff while evaluating": (("--experiment=moe_6b", "--mode=eval", "--diff=moe_13b"), "--diff", "--mode=describe"),
+    "explain and diff": (
+        ("--experiment=moe_6b", "--mode=describe", "--diff=moe_13b", "--explain=train"),
+        "--explain",
+        "--diff",
+    ),
+    "explain unknown": (("--experiment=moe_6b", *V5P, "--explain=experiment.train.stepz"), "stepz", "steps"),
+    "explain below a value": (("--experiment=moe_6b", *V5P, "--explain=train.steps.x"), "train.steps is a value"),
+    "explain with a wrong override": (("--experiment=moe_6b", *V5P, "--explain=train", "--trian.steps=1"), "trian"),
+    "diff with an unknown experiment": (("--experiment=moe_6b", *V5P, "--diff=moe_7b"), "moe_7b", "moe_6b"),
+    "diff with an override for one": (
+        ("--experiment=moe_6b", *V5P, "--diff=dense_6b", "--method.model.layers.layer.layers.3.ffn.num_experts=8"),
+        "dense_6b, of the two",
+        "'layers'",
+    ),
+    "diff on a topology for one": (("--experiment=moe_6b", *V5P, "--diff=moe_tiny"), "moe_tiny, of the two", "batch"),
     "topology while training": (("--experiment=moe_tiny", "--topology=v5p-8"), "--mode=describe"),
 }
 

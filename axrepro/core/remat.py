@@ -47,17 +47,40 @@ def tag(x: jax.Array, name: str) -> jax.Array:
     return checkpoint_name(x, name)
 
 
+def policy_of(text: str) -> Policy | None:
+    """The policy of a name in `POLICIES`, or one written out: `save:q,k,v`, `offload:q`, `save:q,k+offload:v`.
+
+    Raises:
+      UserError: for an unknown policy, with the nearest one.
+    """
+    if text in POLICIES:
+        return POLICIES[text]
+    chosen: dict[str, tuple[str, ...]] = {}
+    for part in text.split("+"):
+        where, colon, names = part.partition(":")
+        listed = tuple(name.strip() for name in names.split(",") if name.strip())
+        if not colon or where not in ("save", "offload") or where in chosen or not listed:
+            raise UserError(
+                f"unknown remat policy {text!r} (train.remat); {nearest(text, POLICIES)} (or names: save:q,k+offload:v)"
+            )
+        chosen[where] = listed
+    return Policy(save=chosen.get("save", ()), offload=chosen.get("offload", ()))
+
+
+def _is_product(primitive, *operands, **params) -> bool:
+    wanted = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **params)
+    return wanted and all(operand.dtype.itemsize > 1 for operand in operands)
+
+
 def rematerialised(fn: Callable, policy: str, in_scan: bool) -> Callable:
-    """`fn` with its residuals chosen by the policy of this name.
+    """`fn` with its residuals chosen by a policy, see `policy_of`.
 
     Args:
       in_scan: whether it runs inside a scan, where XLA cannot merge the recomputation away again.
     Raises:
       UserError: for an unknown policy, with the nearest one.
     """
-    if policy not in POLICIES:
-        raise UserError(f"unknown remat policy {policy!r} (train.remat); {nearest(policy, POLICIES)}")
-    chosen = POLICIES[policy]
+    chosen = policy_of(policy)
     if chosen is None:
         return fn
     rules = jax.checkpoint_policies
@@ -69,9 +92,9 @@ def rematerialised(fn: Callable, policy: str, in_scan: bool) -> Callable:
             offload_dst="pinned_host",
         )
     elif chosen.all_products:
-        # the products of experts have a batch dimension: they are kept by name
-        names = rules.save_only_these_names("ffn_up", "ffn_gate", "ffn_down")
-        keep = rules.save_from_both_policies(rules.dots_with_no_batch_dims_saveable, names)
+        # the products of experts have a batch dimension, those in 8 bits a sum of 32: they are kept by name
+        names = rules.save_only_these_names("ffn_up", "ffn_gate", "ffn_down", "product")
+        keep = rules.save_from_both_policies(_is_product, names)
     else:
         keep = rules.save_only_these_names(*chosen.save)
     return jax.checkpoint(fn, policy=keep, prevent_cse=not in_scan)
