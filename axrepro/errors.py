@@ -1,5 +1,8 @@
 """The error that a user can mend."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """Wrong input: a name, field, type, mesh, data file or checkpoint.
@@ -18,3 +21,15 @@ def nearest(name: str, allowed) -> str:
     if close:
         return f"did you mean {close[0]!r}?"
     return "allowed: " + ", ".join(allowed) if allowed else "nothing is allowed here"
+
+
+@contextmanager
+def located(node, path: str) -> Iterator[None]:
+    """Errors within that begin with the class of `node` (`Cosine.peak=…`) begin with its path in the config instead."""
+    try:
+        yield
+    except UserError as error:
+        kind, dot, rest = str(error).partition(".")
+        if not dot or kind != type(node).__name__:
+            raise
+        raise UserError(f"{path}.{rest}") from None

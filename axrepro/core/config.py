@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from ml_collections import ConfigDict
 
-from axrepro.errors import UserError, nearest
+from axrepro.errors import UserError, located, nearest
 
 T = TypeVar("T")
 CLASS = "class_"  # the key of a ConfigDict that holds the class name of the dataclass it came from
@@ -82,7 +82,8 @@ def _rebuild(template, values: dict[str, Any], path: str) -> Any:
     if not _is_node(template):
         return tuple(values[str(i)] for i in range(len(template)))
     try:
-        return replace(template, **values)
+        with located(template, path or type(template).__name__):
+            return replace(template, **values)
     except UserError:
         raise
     except (ValueError, TypeError) as error:
@@ -163,7 +164,10 @@ def _parse(text: str, hint, path: str):
         kinds = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
         if len(kinds) != len(items):
             raise wrong
-        return tuple(_parse(item, kind, path) for item, kind in zip(items, kinds, strict=True))
+        try:
+            return tuple(_parse(item, kind, path) for item, kind in zip(items, kinds, strict=True))
+        except UserError:
+            raise wrong from None
     if hint is bool and text.lower() in ("true", "false", "1", "0"):
         return text.lower() in ("true", "1")
     if hint is str:

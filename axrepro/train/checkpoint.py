@@ -1,6 +1,8 @@
-"""Checkpoints: `WORKDIR/checkpoints/STEP/` with the items params, opt_state, train (step and random key) and data."""
+"""Checkpoints: `WORKDIR/checkpoints/STEP/` with the items params, opt_state, train (step, random key and counts of
+skipped steps), data, and average where the experiment has one."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +34,8 @@ def _items(state: TrainState) -> dict[str, Any]:
     return {
         "params": state.params,
         "opt_state": state.opt_state,
-        "train": {"step": state.step, "key": bits},
-    }
+        "train": {"step": state.step, "key": bits, "skips": state.skips},
+    } | ({"average": state.average} if state.average else {})
 
 
 class Checkpoints:
@@ -56,7 +58,7 @@ class Checkpoints:
         )
         try:
             handlers: dict[str, ocp.CheckpointHandler] = {
-                name: ocp.StandardCheckpointHandler() for name in ("params", "opt_state", "train")
+                name: ocp.StandardCheckpointHandler() for name in ("params", "opt_state", "train", "average")
             }
             handlers["data"] = ocp.JsonCheckpointHandler()
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
@@ -111,16 +113,13 @@ class Checkpoints:
           UserError: if there is none, it is damaged, or it is of another model or optimizer. The disk stays as it is.
         """
         step = self._existing(step)
-        items = _items(abstract)
-        for name, item in items.items():
-            self._check_matches(step, name, item)
-        args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
-        try:
-            out = self._manager.restore(step, args=ocp.args.Composite(**args, data=ocp.args.JsonRestore()))
-        except Exception as error:
-            raise self._damaged(step, error) from error
+        self._check_average(step, abstract)
+        out = self._restore(step, _items(abstract), data=ocp.args.JsonRestore())
         key = jax.jit(jax.random.wrap_key_data, out_shardings=abstract.key.sharding)(out["train"]["key"])
-        state: TrainState[jax.Array] = TrainState(out["train"]["step"], out["params"], out["opt_state"], key)
+        train, average = out["train"], out["average"] if abstract.average else {}
+        state: TrainState[jax.Array] = TrainState(
+            train["step"], out["params"], out["opt_state"], key, train["skips"], average
+        )
         if int(jax.device_get(state.step)) != step:
             raise self._damaged(step, ValueError(f"it holds step {int(state.step)}"))
         return Saved(state, out["data"])
@@ -128,10 +127,22 @@ class Checkpoints:
     def restore_params(self, abstract: dict, step: int | None = None) -> tuple[dict, int]:
         """The params alone, and their step. Raises as `restore` does."""
         step = self._existing(step)
-        self._check_matches(step, "params", abstract)
+        return self._restore(step, {"params": abstract})["params"], step
+
+    def restore_averaged(self, abstract: TrainState[jax.ShapeDtypeStruct]) -> tuple[dict, dict, int]:
+        """What an evaluation needs of the last checkpoint: params, average and step. Raises as `restore` does."""
+        step = self._existing(None)
+        self._check_average(step, abstract)
+        items = {name: item for name, item in _items(abstract).items() if name in ("params", "average")}
+        out = self._restore(step, items)
+        return out["params"], out["average"] if abstract.average else {}, step
+
+    def _restore(self, step: int, items: dict[str, Any], **others) -> Mapping[str, Any]:
+        for name, item in items.items():
+            self._check_matches(step, name, item)
+        args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
         try:
-            args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-            return self._manager.restore(step, args=args)["params"], step
+            return self._manager.restore(step, args=ocp.args.Composite(**args, **others))
         except Exception as error:
             raise self._damaged(step, error) from error
 
@@ -152,6 +163,15 @@ class Checkpoints:
             have = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
             raise UserError(f"no checkpoint {'' if step is None else f'{step} '}in {self.folder}; {have}")
         return step
+
+    def _check_average(self, step: int, abstract: TrainState) -> None:
+        folder = self.folder / str(step)
+        there = (folder / "average").exists()
+        if there and not abstract.average:
+            raise UserError(f"checkpoint {folder} holds averaged parameters; give the experiment that run's `average`")
+        if abstract.average and not there:
+            remedy = "use a new --workdir, or leave the experiment's `average` out"
+            raise UserError(f"checkpoint {folder} holds no averaged parameters; {remedy}")
 
     def _saved_leaves(self, step: int, name: str) -> dict[str, tuple[int, ...]]:
         try:

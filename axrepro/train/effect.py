@@ -135,13 +135,15 @@ def bytes_per_device(program: Program, mesh: Mapping[str, int]) -> dict[str, int
         specs = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
         return sum(shard_bytes(x.shape, x.dtype.itemsize, spec, mesh) for x, spec in zip(leaves, specs, strict=True))
 
-    trained = {path for phase in program.phases for path in flatten(program.trained(phase))}
+    trained = program.trained_paths
     params, specs = flatten(state.params), flatten(layout.params)
     batch = program.experiment.data.abstract()
     rules = program.experiment.rules
+    averaged = {"averaged parameters": total(state.average, layout.average)} if state.average else {}
     return {
         "parameters": total(state.params, layout.params),
         "optimizer state": total(state.opt_state, layout.opt_state),
+        **averaged,
         "gradients": total({path: params[path] for path in trained}, {path: specs[path] for path in trained}),
         "batch": total(batch, {name: rules.spec(logical_axes(x), x.shape, mesh) for name, x in batch.items()}),
     }

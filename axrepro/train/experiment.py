@@ -10,7 +10,7 @@ from axrepro.core.products import Products
 from axrepro.core.sharding import MeshShape, Rules
 from axrepro.data import Data
 from axrepro.errors import UserError
-from axrepro.optim import Optimizer
+from axrepro.optim import Average, Optimizer
 
 
 def _at_least(minimum: int, **values: int | None) -> None:
@@ -85,10 +85,13 @@ class Evaluation:
     Attributes:
       every: steps between evaluations; the last step is always evaluated. None: only then.
       batches: how many batches each takes; None: the whole split. The last evaluation takes the whole split.
+      raw: where the parameters are averaged (`Experiment.average`), "eval/NAME" is of the averaged ones; this adds
+        "eval_raw/NAME" of those that train, for as much work again.
     """
 
     every: int | None = None
     batches: int | None = 16
+    raw: bool = False
 
     def __post_init__(self):
         _at_least(1, **{"eval.every": self.every, "eval.batches": self.batches})
@@ -139,6 +142,7 @@ class Experiment:
 
     Attributes:
       method: the objective, which holds the models.   data: where batches come from.
+      average: a running average of the trained parameters, which every evaluation uses; None: there is none.
       rules: logical axes to mesh axes.   mesh: devices per mesh axis.
       mesh_rules: changes for particular hardware; the first match applies, before those of the command line.
       allow: findings of `axrepro.train.lint` that are meant: a kind, or kind:path with globs ("replicated:embed/*").
@@ -148,6 +152,7 @@ class Experiment:
     data: Data
     optimizer: Optimizer
     train: Train
+    average: Average | None = None
     checkpoint: Checkpointing = Checkpointing()
     eval: Evaluation = Evaluation()
     diagnostics: Diagnostics = Diagnostics()
@@ -157,6 +162,8 @@ class Experiment:
     allow: tuple[str, ...] = ()
 
     def __post_init__(self):
+        if self.eval.raw and self.average is None:
+            raise UserError("eval.raw=True needs an average; without one, eval/NAME is of the parameters that train")
         if self.data.batch_size % self.train.grad_accumulation:
             raise UserError(
                 f"data.batch_size={self.data.batch_size} must be a multiple of "

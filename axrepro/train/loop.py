@@ -158,7 +158,8 @@ def _run(
             checkpoints.save(state, batches.position())
             report_saved(wait=True)
         if hold_out:
-            scalars = (scalars if log else {}) | evaluate(state.params, None if last else experiment.eval.batches)
+            batches_held_out = None if last else experiment.eval.batches
+            scalars = (scalars if log else {}) | evaluate(state.params, state.average, batches_held_out)
         if log or hold_out:
             writers.write(step, scalars)
         if save:
@@ -175,10 +176,10 @@ def _run(
 
 
 class Meter:
-    """Turns a step's report into the logged scalars: what the method returned, speed, and learning rates."""
+    """Turns a step's report into the logged scalars: what the step reported, and speed."""
 
     def __init__(self, program: Program, step: int):
-        data, settings = program.experiment.data.abstract(), program.experiment.train
+        data = program.experiment.data.abstract()
         shapes = {name: array.shape for name, array in data.items()}
         self.watch = Stopwatch(step)
         self._unit = "tokens" if "tokens" in shapes else "examples"
@@ -187,7 +188,6 @@ class Meter:
         )
         self._flops, self._devices = program.experiment.method.flops(shapes), program.run_mesh.size
         self._peak = peak_flops(jax.devices())
-        self._rates = program.experiment.optimizer.learning_rates(settings.steps)
 
     def scalars(self, step: int, report: dict) -> dict[str, float]:
         """The scalars of `step`, as Python floats; speeds since the last lap."""
@@ -197,9 +197,7 @@ class Meter:
         seconds = self.watch.lap(step)
         scalars["step_time_s"] = seconds
         scalars[f"{self._unit}_per_s"] = self._units / seconds
-        scalars |= speeds(self._flops, seconds, self._devices, self._peak)
-        # the optimizer has seen step - 1 updates when it makes this one
-        return scalars | {name: float(jax.device_get(rate(step - 1))) for name, rate in self._rates.items()}
+        return scalars | speeds(self._flops, seconds, self._devices, self._peak)
 
 
 def _rollout(program: Program) -> Callable[[TrainState[jax.Array], dict], dict]:
@@ -225,7 +223,7 @@ def evaluate(experiment: Experiment, workdir: Workdir) -> tuple[int, dict[str, f
     program = build_program(experiment)
     checkpoints = Checkpoints(workdir, read_only=True)
     try:
-        params, step = checkpoints.restore_params(program.abstract_state.params)
-        return step, Evaluator(program)(params, None)
+        params, average, step = checkpoints.restore_averaged(program.abstract_state)
+        return step, Evaluator(program)(params, average, None)
     finally:
         checkpoints.close()

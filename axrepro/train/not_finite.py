@@ -33,7 +33,7 @@ class Monitor:
         self._skip = settings.not_finite == "skip"
         self._max_in_row = settings.max_skips
         self._last: tuple[int, dict, dict] | None = None
-        self._in_row = self._total = 0
+        self._total, self._searched = 0, False
 
     def push(self, step: int, state: TrainState, batch: dict, report: dict) -> None:
         """Takes a step's batch, report, and the state after it, and checks the step before."""
@@ -51,21 +51,21 @@ class Monitor:
         if self._last is None:
             return
         (step, batch, report), self._last = self._last, None
-        if bool(jax.device_get(report["ok"])):
-            self._in_row = 0
+        skips = jax.device_get(report["skips"])
+        in_row, self._total = int(skips["in_row"]), int(skips["total"])
+        if not in_row:
             return
-        self._total += 1
-        self._in_row += 1
         bad = [name for name, finite in jax.device_get(report["finite"]).items() if not finite]
         text = f"step {step} is not finite: {bad[0]!r}, {len(bad)} of {len(report['finite'])} tensors"
-        if self._total == 1:  # a search takes a compilation
+        if not self._searched:  # once per start, since a search takes a compilation
+            self._searched = True
             text += f"; {self._search(step, state, batch)}"
         if not self._skip:
             raise NotFiniteError(
                 f"{text}; no parameter was changed by it (train.not_finite=skip leaves such steps out)"
             )
-        if self._in_row > self._max_in_row:
-            raise NotFiniteError(f"{text}; {self._in_row} in a row are more than train.max_skips={self._max_in_row}")
+        if in_row > self._max_in_row:
+            raise NotFiniteError(f"{text}; {in_row} in a row are more than train.max_skips={self._max_in_row}")
         self._tell(step, text)
 
     def scalars(self) -> dict[str, float]:

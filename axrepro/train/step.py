@@ -21,7 +21,7 @@ class Pass:
     Attributes:
       prefix: of names, "" where there is only one phase.   ctx: given to `loss`.   loss: of trained params, batch, ctx.
       active: trained params before the phase.   grads, delta: their gradients and changes.   aux: of the whole batch.
-      params, opt_state: all of them after the phase.
+      rates: learning rates of the update.   params, opt_state: all of them after the phase.
     """
 
     prefix: str
@@ -31,6 +31,7 @@ class Pass:
     grads: dict
     delta: Any
     aux: dict
+    rates: dict
     params: dict
     opt_state: dict
 
@@ -50,26 +51,28 @@ def passes(program: Program, state: TrainState[jax.Array], batch: dict) -> Itera
             return method.loss(fill(program.specs, active, rest), batch, ctx)
 
         grads, aux = method.gradients(loss, active, batch, ctx, settings.grad_accumulation)
+        rates = program.learning_rates(opt_state, phase)
         with jax.named_scope("optimizer"):
             delta, opt_state[phase.name] = program.optimizers[phase.name].update(grads, opt_state[phase.name], active)
             # pyrefly: ignore[bad-argument-type]  # optax returns the structure it is given, but types any pytree
             params = fill(program.specs, optax.apply_updates(active, delta), rest)
             params = apply_updates(params, collect(aux, Update), program.specs)
         prefix = "" if len(program.phases) == 1 else f"{phase.name}/"
-        yield Pass(prefix, ctx, loss, active, grads, delta, aux, params, dict(opt_state))
+        yield Pass(prefix, ctx, loss, active, grads, delta, aux, rates, params, dict(opt_state))
 
 
 def train_step(program: Program, state: TrainState[jax.Array], batch: dict) -> tuple[TrainState[jax.Array], dict]:
     """One step: every phase of the method in order, each with its own gradients and optimizer.
 
-    A step with a loss, gradient or update that is not finite changes nothing but `step`.
+    A step with a loss, gradient or update that is not finite changes nothing but `step` and `skips`.
 
     Returns:
-      The next state, and {"scalars": name -> float32, "ok": bool, "finite": name of a checked tensor -> bool}.
+      The next state, and {"scalars": name -> float32, "ok": bool, "finite": name of a checked tensor -> bool, "skips":
+      those of the next state}.
     """
     scalars, finite = {}, {}
     for done in passes(program, state, batch):
-        scalars |= {f"{done.prefix}{k}": v for k, v in report(done.aux).items()}
+        scalars |= {f"{done.prefix}{k}": v for k, v in (report(done.aux) | done.rates).items()}
         norms = {path: jnp.sum(jnp.square(g.astype(jnp.float32))) for path, g in flatten(done.grads).items()}
         scalars[f"{done.prefix}grad_norm"] = jnp.sqrt(sum(norms.values()))
         finite |= {f"{done.prefix}{k}": jnp.isfinite(v.total) for k, v in losses_by_name(done.aux).items()}
@@ -79,8 +82,10 @@ def train_step(program: Program, state: TrainState[jax.Array], batch: dict) -> t
     keep = lambda new, old: jnp.where(ok, new, old)
     params = jax.tree.map(keep, done.params, state.params)
     opt_state = jax.tree.map(keep, done.opt_state, state.opt_state)
-    state = replace(state, step=state.step + 1, params=params, opt_state=opt_state)
-    return state, {"scalars": scalars, "ok": ok, "finite": finite}
+    average = jax.tree.map(keep, program.next_average(state, params), state.average)
+    skips = {"total": state.skips["total"] + ~ok, "in_row": jnp.where(ok, 0, state.skips["in_row"] + 1)}
+    state = replace(state, step=state.step + 1, params=params, opt_state=opt_state, skips=skips, average=average)
+    return state, {"scalars": scalars, "ok": ok, "finite": finite, "skips": skips}
 
 
 def report(aux: dict) -> dict[str, jax.Array]:

@@ -59,6 +59,25 @@ FAULTS = {
     "odd head": (("--experiment=moe_tiny", "--mode=describe", "--method.model.dim=100"), "head_dim 25"),
     "no layers": (("--experiment=moe_tiny", "--mode=describe", "--method.model.layers.times=0"), "times=0"),
     "no such home": (("--experiment=moe_tiny", "--workdir=~nobody-has-this-name/x"), "~nobody-has-this-name"),
+    "a rate below 0": (
+        ("--experiment=moe_tiny", "--optimizer.learning_rate.peak=-1"),
+        "optimizer.learning_rate.peak=-1.0",
+    ),
+    "long warm-up": (
+        ("--experiment=moe_tiny", "--mode=describe", "--topology=cpu-1", "--optimizer.learning_rate.warmup=5000"),
+        "optimizer.learning_rate.warmup=5000",
+        "train.steps",
+    ),
+    "no such parameter": (
+        ("--experiment=moe_tiny", "--mode=describe", "--topology=cpu-1", "--optimizer.update_scale=(('**/fn/*',0.5),)"),
+        "optimizer.update_scale: '**/fn/*' matches no trained parameter",
+    ),
+    "scales as no pairs": (
+        ("--experiment=moe_tiny", "--optimizer.update_scale=**/ffn/*,0.5"),
+        "optimizer.update_scale='**/ffn/*,0.5'",
+        "tuple[tuple[str, float], ...]",
+    ),
+    "raw of no average": (("--experiment=moe_tiny", "--eval.raw=true"), "eval.raw=True", "average"),
     "explain while training": (("--experiment=moe_tiny", "--explain=train.steps"), "--explain", "--mode=describe"),
     "diff while evaluating": (("--experiment=moe_6b", "--mode=eval", "--diff=moe_13b"), "--diff", "--mode=describe"),
     "explain and diff": (
@@ -92,6 +111,13 @@ def test_a_wrong_argument_is_one_line_that_names_it(name, tmp_path, capsys, monk
     assert message.startswith("axrepro: error: ")
     assert message.count("\n") == 1
     assert all(word in message for word in words), message
+
+
+def test_update_scales_are_written_as_they_are_described(capsys, monkeypatch):
+    monkeypatch.setattr(launcher, "set_up_platform", lambda args: None)
+    scale = "--experiment.optimizer.update_scale=(('**/ffn/*', 0.5),)"
+    assert launcher.main(["--experiment=moe_tiny", "--mode=describe", "--topology=cpu-1", scale]) == 0
+    assert "    update_scale: (('**/ffn/*', 0.5),)\n" in capsys.readouterr().out
 
 
 def _files(folder: Path) -> dict[str, bytes]:
