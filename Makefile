@@ -36,8 +36,9 @@ test: .venv/dev.stamp  ## the default test suite
 test-slow: .venv/dev.stamp  ## the long tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
-goldens: .venv/dev.stamp  ## write the golden files of all experiments anew; git diff shows what changed
-	@$(BIN)/python -m pytest tests/experiments -k golden --goldens
+ONLY ?= golden
+goldens: .venv/dev.stamp  ## write the golden files anew (of one file: ONLY=FILE); git diff shows what changed
+	@$(BIN)/python -m pytest tests/experiments -k "golden and $(ONLY)" --goldens
 
 lint: .venv/dev.stamp  ## style, common mistakes and types
 	@$(BIN)/ruff check .

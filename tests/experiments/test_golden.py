@@ -11,7 +11,7 @@ from axrepro.train.experiment import MeshRule
 ENTRIES = registry.index()
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e.file}:{e.function}")
 def test_golden_config_and_effect(entry, golden):
     experiment = registry.load(entry)
     config, effect, *_ = goldens.files(entry)

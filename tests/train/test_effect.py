@@ -87,7 +87,7 @@ def test_names_of_several_phases_carry_the_phase():
 
 
 def test_a_mesh_that_does_not_fit_is_an_error():
-    with pytest.raises(UserError, match="3 devices"):
+    with pytest.raises(UserError, match="there are 3"):
         effect(override(tiny(), {"mesh.data": 2}), "cpu-3", 3)
     with pytest.raises(UserError, match="multiple of the 2 slices"):
         effect(override(tiny(), {"mesh.data": 1, "mesh.fsdp": 8}), "cpu-8", 8, slices=2)
