@@ -31,10 +31,10 @@ train: .venv/core.stamp  ## train moe_tiny on the standard library's text, and c
 	@$(BIN)/python -m axrepro.quickstart
 
 test: .venv/dev.stamp  ## the default test suite
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: .venv/dev.stamp  ## the long tests
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 ONLY ?= golden
 goldens: .venv/dev.stamp  ## write the golden files anew (of one file: ONLY=FILE); git diff shows what changed

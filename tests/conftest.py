@@ -21,6 +21,13 @@ def pytest_addoption(parser):
     parser.addoption("--goldens", action="store_true", help="write the golden files (make goldens)")
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that share compiled functions go to one process: those of a file, where they are not grouped otherwise."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
 @pytest.fixture
 def unchecked():
     """Leaves annotations unchecked: for stand-ins, and for wrong types that the code itself has to refuse."""

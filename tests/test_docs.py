@@ -54,7 +54,7 @@ def _command(text: str, extra: str, folder: Path) -> str:
     return ""
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [pytest.param(p, id=p.name, marks=pytest.mark.xdist_group(p.name)) for p in PAGES])
 def test_a_page_does_what_it_says(page, checkout):
     output = ""
     for step in steps(page):

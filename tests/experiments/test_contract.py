@@ -22,7 +22,8 @@ from axrepro.train.workdir import Workdir
 
 STEPS = 30
 ENTRIES = registry.index()
-TINY = [entry.file for entry in ENTRIES if entry.function == "tiny"]
+FILES = [entry.file for entry in ENTRIES if entry.function == "tiny"]
+TINY = [pytest.param(file, id=file, marks=pytest.mark.xdist_group(file)) for file in FILES]
 
 
 @dataclass(frozen=True, kw_only=True)
