@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow lint clean
+.PHONY: help train test test-slow bench lint clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -33,6 +33,9 @@ test: .venv/dev.stamp  ## the default test suite
 
 test-slow: .venv/dev.stamp  ## the long tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+
+bench: .venv/dev.stamp  ## step and start-up beside transformers and flax.linen, under ten minutes on two idle cores
+	@$(BIN)/python -m benchmarks
 
 lint: .venv/dev.stamp  ## style and common mistakes
 	@$(BIN)/ruff check .
