@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow goldens lint clean
+.PHONY: help setup train test test-slow goldens bench lint clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -39,6 +39,9 @@ test-slow: .venv/dev.stamp  ## the long tests
 ONLY ?= golden
 goldens: .venv/dev.stamp  ## write the golden files anew (of one file: ONLY=FILE); git diff shows what changed
 	@$(BIN)/python -m pytest tests/experiments -k "golden and $(ONLY)" --goldens
+
+bench: .venv/dev.stamp  ## step and start-up beside transformers and flax.linen, under ten minutes on two idle cores
+	@$(BIN)/python -m benchmarks
 
 lint: .venv/dev.stamp  ## style, common mistakes and types
 	@$(BIN)/ruff check .
