@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from ml_collections import ConfigDict
 
-from axrepro.errors import UserError, nearest
+from axrepro.errors import UserError, located, nearest
 
 T = TypeVar("T")
 CLASS = "class_"  # the key of a ConfigDict that holds the class name of the dataclass it came from
@@ -82,7 +82,8 @@ def _rebuild(template, values: dict[str, Any], path: str) -> Any:
     if not _is_node(template):
         return tuple(values[str(i)] for i in range(len(template)))
     try:
-        return replace(template, **values)
+        with located(template, path or type(template).__name__):
+            return replace(template, **values)
     except UserError:
         raise
     except (ValueError, TypeError) as error:
@@ -170,7 +171,7 @@ def _parse(text: str, hint, path: str):
         return text
     if hint in (int, float):
         try:
-            return hint(text.replace("_", "")) if hint is float else int(text.replace("_", ""))
+            return hint(text)  # underscores between digits are read as in Python
         except ValueError:
             pass
     raise wrong

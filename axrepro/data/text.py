@@ -11,7 +11,7 @@ from axrepro.data.base import Data, Examples, Split
 from axrepro.data.shuffle import permutation
 from axrepro.data.sources import Document, Source
 from axrepro.data.vocabulary import Bytes, Vocabulary
-from axrepro.errors import UserError
+from axrepro.errors import UserError, require_sizes
 
 NAMES = ("tokens", "targets", "segment_ids", "positions")
 
@@ -65,6 +65,8 @@ class PackedText(Examples):
             self._bytes += len(document.data)
         if not encoded:
             raise UserError("the source gave no documents")
+        if not self._bytes:
+            raise UserError(f"all {len(encoded)} documents of the source are empty, {document.name} for one")
         self._sizes = np.array([len(ids) + 1 for ids in encoded], np.int64)
         self._places = np.cumsum(self._sizes) - self._sizes
         self._total = int(self._sizes.sum())
@@ -178,8 +180,7 @@ class Text(Data):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.sequence_length < 1:
-            raise UserError(f"data.sequence_length={self.sequence_length}: a sequence holds at least 1 token")
+        require_sizes(self, "sequence_length")
 
     def open(self, split: Split, seed: int) -> PackedText:
         # the first batches of the eval split should be a fair sample of it, and the same whatever the seed of the run

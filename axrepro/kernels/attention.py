@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from axrepro.errors import UserError, nearest
+from axrepro.errors import UserError, nearest, require, require_sizes
 
 Implementation = Literal["auto", "xla", "splash", "cudnn", "tokamax"]
 _MASKED = -2.0e38  # a finite float32: a row with every key masked then averages the values instead of giving nan
@@ -31,8 +31,8 @@ class Mask:
     window: int | None = None
 
     def __post_init__(self):
-        if self.window is not None and (self.window < 1 or not self.causal):
-            raise ValueError(f"window={self.window} must be at least 1 and needs causal=True")
+        require_sizes(self, "window")
+        require(self, "window", self.window is None or self.causal, "none where causal=False")
 
 
 def visible(

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import optax
 
 from axrepro.core.tree import flatten, map_tree, matches, select
-from axrepro.errors import UserError
-from axrepro.optim.schedule import Schedule, is_number, require
+from axrepro.errors import UserError, is_number, require
+from axrepro.optim.schedule import Schedule
 
 Decay = Literal["coupled", "decoupled"]
 MomentDtype = Literal["float32", "bfloat16"]

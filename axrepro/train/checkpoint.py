@@ -54,6 +54,8 @@ class Checkpoints:
             enable_async_checkpointing=not read_only,
         )
         try:
+            if self.folder.exists() and not self.folder.is_dir():
+                raise NotADirectoryError("it is a file; move it away")
             handlers: dict[str, ocp.CheckpointHandler] = {
                 name: ocp.StandardCheckpointHandler() for name in ("params", "opt_state", "train")
             }
@@ -111,6 +113,13 @@ class Checkpoints:
         """
         step = self._existing(step)
         items = _items(abstract)
+        if more := sorted(
+            {path.name for path in (self.folder / str(step)).iterdir() if path.is_dir()} - {*items, "data"}
+        ):
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} has the item {more[0]!r}, which this version does not know and "
+                "would lose; go on with the version that wrote it (config.json beside it), or use a new --workdir"
+            )
         for name, item in items.items():
             self._check_matches(step, name, item)
         args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
