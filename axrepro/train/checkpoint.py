@@ -45,6 +45,7 @@ class Checkpoints:
         self.folder = workdir.checkpoints
         self._pending: int | None = None
         logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every detail of a save
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and each of its tasks that a failed one leaves behind
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every,
