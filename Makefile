@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow lint clean
+.PHONY: help setup train test test-slow goldens lint clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -35,6 +35,10 @@ test: .venv/dev.stamp  ## the default test suite
 
 test-slow: .venv/dev.stamp  ## the long tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+
+ONLY ?= golden
+goldens: .venv/dev.stamp  ## write the golden files anew (of one file: ONLY=FILE); git diff shows what changed
+	@$(BIN)/python -m pytest tests/experiments -k "golden and $(ONLY)" --goldens
 
 lint: .venv/dev.stamp  ## style, common mistakes and types
 	@$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """The error that a user can mend."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,9 +21,7 @@ def require(node, name: str, allowed: bool, takes: str) -> None:
 
 def is_number(value) -> bool:
     """Whether `value` is a finite int or float; True and False are none."""
-    from math import isfinite
-
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def require_sizes(node, *names: str) -> None:

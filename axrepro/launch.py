@@ -41,6 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="print the experiments and what they are")
     parser.add_argument("--devices", type=int, metavar="N", help="emulate N CPU devices (per process)")
     parser.add_argument("--topology", metavar="SLICE", help="describe for this slice, such as v5p-1024")
+    parser.add_argument("--explain", metavar="PATH", help="describe where the value of a field, or a group, comes from")
+    parser.add_argument("--diff", metavar="OTHER", help="describe how OTHER differs: fields, parameters, FLOPs, bytes")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where it is not detected")
     parser.add_argument("--num_processes", type=int, metavar="N", help="with --coordinator")
     parser.add_argument("--process_id", type=int, metavar="I", help="with --coordinator: 0 to N-1")
@@ -76,6 +78,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         raise UserError("--experiment=NAME is missing; --list prints the names")
     if args.topology and args.mode != "describe":
         raise UserError(f"--topology goes with --mode=describe, not --mode={args.mode}")
+    for name in ("explain", "diff"):
+        if getattr(args, name) is not None and args.mode != "describe":
+            raise UserError(f"--{name} goes with --mode=describe, not --mode={args.mode}")
+    if args.explain is not None and args.diff is not None:
+        raise UserError("--explain is about one experiment and --diff about two; give one of them")
     return args, overrides
 
 
@@ -130,27 +137,32 @@ def join_processes(args: argparse.Namespace) -> None:
         raise UserError(f"cannot join the other processes: {' '.join(str(error).split())[:300]}") from None
 
 
-def _config(args: argparse.Namespace, overrides: dict[str, str]):
-    """The experiment on this hardware, overridden; (name, experiment, slice name, number of devices, mesh rule)."""
-    from axrepro import registry
-    from axrepro.core.config import override
-    from axrepro.train.experiment import on_hardware
+def _hardware(args: argparse.Namespace) -> tuple[str, int, int]:
+    """(slice name, devices, slices) of the topology that was asked for, else of this machine."""
     from axrepro.train.hardware import parse_topology, slice_name
-    from axrepro.train.lint import require_clean
 
-    entry = registry.find(args.experiment, registry.index())
     slices = 1
     if args.topology:
         kind, count, slices = parse_topology(args.topology)
     else:
         devices = _devices()
         count, kind = len(devices), devices[0].device_kind
-    where = slice_name(kind, count)  # the name that the mesh rules see, on the hardware and before it is there
+    return slice_name(kind, count), count, slices  # the name that the mesh rules see, also before the hardware is there
+
+
+def _config(entry, hardware: tuple[str, int, int], overrides: dict[str, str]):
+    """The experiment on this hardware, overridden, and its mesh rule."""
+    from axrepro import registry
+    from axrepro.core.config import override
+    from axrepro.train.experiment import on_hardware
+    from axrepro.train.lint import require_clean
+
+    where, count, slices = hardware
     original = registry.load(entry)
     experiment, rule = on_hardware(original, where)
     experiment = override(experiment, overrides)
     require_clean(original, experiment, where, experiment.mesh.sizes(count, slices), tuple(overrides))
-    return entry.name, experiment, where, count, rule
+    return experiment, rule
 
 
 def _devices() -> list:
@@ -204,12 +216,35 @@ def _evaluate(name: str, experiment, workdir: str) -> int:
     return 0
 
 
+def _explain(entry, hardware: tuple[str, int, int], overrides: dict[str, str], path: str) -> str:
+    from axrepro import registry
+    from axrepro.train.explain import construct, explain
+
+    history = construct(lambda: registry.load(entry), registry.folder(), entry.name)
+    path = "" if path == "experiment" else path.removeprefix("experiment.")
+    return explain(path, history, hardware[0], overrides)
+
+
+def _diff(old, new, hardware: tuple[str, int, int], overrides: dict[str, str]) -> str:
+    from axrepro.train.describe import compare
+    from axrepro.train.effect import effect
+
+    sides = []
+    for entry in (old, new):
+        try:
+            experiment, _ = _config(entry, hardware, overrides)
+            sides.append((entry.name, experiment, effect(experiment, *hardware)))
+        except UserError as error:
+            raise UserError(f"{entry.name}, of the two to which overrides and topology apply: {error}") from None
+    return compare(*sides)
+
+
 def run(argv: list[str]) -> int:
     """The command; returns the exit code. Raises UserError for wrong input."""
+    from axrepro import registry
+
     args, overrides = parse(argv)
     if args.list:
-        from axrepro import registry
-
         entries = registry.index()
         width = max((len(entry.name) for entry in entries), default=0)
         print("\n".join(f"{entry.name:{width}}  {entry.description}" for entry in entries))
@@ -217,18 +252,25 @@ def run(argv: list[str]) -> int:
     set_up_platform(args)
     if not (args.mode == "describe" and args.topology):
         join_processes(args)
-    name, experiment, where, count, rule = _config(args, overrides)
+    entry, hardware = registry.find(args.experiment, registry.index()), _hardware(args)
+    if args.explain is not None:
+        print(_explain(entry, hardware, overrides, args.explain))
+        return 0
+    if args.diff is not None:
+        print(_diff(entry, registry.find(args.diff, registry.index()), hardware, overrides))
+        return 0
+    name, (experiment, rule) = entry.name, _config(entry, hardware, overrides)
     workdir = args.workdir or f"runs/{name.replace(':', '_').replace('/', '_')}"
     if args.mode == "describe":
         from axrepro.train.describe import describe
 
-        print(describe(name, experiment, where, count, rule))
+        print(describe(name, experiment, *hardware, rule))
         return 0
     return {"train": _train, "eval": _evaluate}[args.mode](name, experiment, workdir)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`run` with errors told in one line: exit code 2 for wrong input, 1 for a loss that is not finite."""
+    """`run` with errors told in words: exit code 2 for wrong input, 1 for a loss not finite, 3 for lack of memory."""
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -239,7 +281,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except RuntimeError as error:
         from axrepro.train.not_finite import NotFiniteError
+        from axrepro.train.out_of_memory import OutOfMemoryError
 
+        if isinstance(error, OutOfMemoryError):
+            print(f"axrepro: {error}", file=sys.stderr)
+            return 3
         if not isinstance(error, NotFiniteError):
             raise
         print(f"axrepro: stopped: {error}", file=sys.stderr)

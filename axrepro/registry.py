@@ -46,10 +46,10 @@ def folder() -> Path:
 
 
 def index(root: Path | None = None) -> list[Entry]:
-    """All experiments, by file and in the order of their definition."""
+    """All experiments, by file and in the order of their definition; `_file.py` holds what other files share."""
     root = folder() if root is None else root
     entries = []
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(root.rglob("[!_]*.py")):
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
         except (OSError, SyntaxError, UnicodeDecodeError) as error:

@@ -10,64 +10,32 @@ dense parameter. Expected scores: to be measured.
 from dataclasses import replace
 
 from axrepro.core.config import override
-from axrepro.data import Bytes, PythonStdlib, SentencePiece, Text, TextFiles
 from axrepro.methods.language_model import LanguageModel
 from axrepro.models.causal_lm import CausalLM, llama
 from axrepro.nn import MoE, RoPE, TopK, every
 from axrepro.optim import AdamW, Cosine, mup_simple
-from axrepro.train.experiment import Checkpointing, Evaluation, Experiment, MeshRule, Train
+from axrepro.train.experiment import Experiment
+from experiments._pretraining import mesh_rules, pretraining, small
 
 _ROUTER = TopK(k=2, balance_weight=0.01, z_weight=0.001)  # as the paper's secondary sources give them
 
 _HIDDEN_WEIGHTS = ("layers/**/attention/*", "layers/**/gate", "layers/**/up", "layers/**/down")
 
-# Overlap of weight gathers with compute; by default this compiler lowers them as masked all-reduces.
-_TPU_OPTIONS = (
-    ("xla_tpu_enable_async_collective_fusion", "true"),
-    ("xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true"),
-    ("xla_tpu_prefer_async_allgather_to_allreduce", "true"),
-    ("xla_enable_async_all_gather", "true"),
-)
-
-
-def _mesh_rules(expert: int) -> tuple[MeshRule, ...]:
-    """Weights over all chips that `expert` leaves; the less memory a chip has, the more is recomputed."""
-
-    def rule(match: str, remat: str, options: tuple = ()) -> MeshRule:
-        mesh = (("mesh.data", 1), ("mesh.fsdp", -1), ("mesh.expert", expert))
-        return MeshRule(match, (*mesh, ("train.remat", remat), ("train.compiler_options", options)))
-
-    return (
-        rule("v4-.*", "full", _TPU_OPTIONS),
-        rule("v5e-.*", "full", _TPU_OPTIONS),
-        rule("v5p-.*", "qkvo", _TPU_OPTIONS),
-        rule("v6e-.*", "full", _TPU_OPTIONS),
-        rule("h100-.*", "full"),
-        rule("h200-.*", "qkvo"),
-    )
-
 
 def _language_model(model: CausalLM, parameters: float) -> Experiment:
     """A paper-scale run: 4M tokens a batch, 20 tokens per parameter."""
-    batch, length = 1024, 4096
-    return Experiment(
-        method=LanguageModel(model=model, z_weight=1e-6),
-        data=Text(
-            source=TextFiles(pattern="data/train/*.txt", eval_pattern="data/eval/*.txt"),
-            vocabulary=SentencePiece(path="data/vocabulary.model"),
-            batch_size=batch,
-            sequence_length=length,
-        ),
+    return pretraining(
+        LanguageModel(model=model, z_weight=1e-6),
+        tokens=20 * parameters,
+        batch_size=1024,
+        sequence_length=4096,
         optimizer=AdamW(
             learning_rate=Cosine(peak=0.01, warmup=5000, floor=0.005),
             decay="decoupled",
             weight_decay=1e-4,
             update_scale=mup_simple(model.dim, _HIDDEN_WEIGHTS),
         ),
-        train=Train(steps=round(20 * parameters / (batch * length)), log_every=10),
-        checkpoint=Checkpointing(every=1000, keep=3),
-        eval=Evaluation(every=1000, batches=64),
-        mesh_rules=_mesh_rules(expert=1),
+        rules=mesh_rules(),
     )
 
 
@@ -83,7 +51,7 @@ def _dense(dim: int, num_layers: int, hidden: int, parameters: float) -> Experim
 def _sparse(dense: Experiment, num_experts: int) -> Experiment:
     """The same backbone with experts in the last of every four blocks, and an expert axis for them."""
     moe = every(dense, 4, lambda ffn: MoE(expert=ffn, num_experts=num_experts, router=_ROUTER, capacity_factor=2.0))
-    return replace(moe, mesh_rules=_mesh_rules(expert=8))
+    return replace(moe, mesh_rules=mesh_rules(expert=8))
 
 
 def dense_6b() -> Experiment:
@@ -124,14 +92,7 @@ def moe_1p6b_256e() -> Experiment:
 def dense_tiny() -> Experiment:
     """Byte-level dense model on the text of Python's standard library; minutes on two CPU cores."""
     model = llama(vocab_size=264, dim=128, num_layers=4, num_heads=4, hidden=344, tied=True)
-    experiment = Experiment(
-        method=LanguageModel(model=model, chunk=None),
-        data=Text(source=PythonStdlib(holdout=100), vocabulary=Bytes(), batch_size=8, sequence_length=256),
-        optimizer=AdamW(learning_rate=Cosine(peak=3e-3, warmup=0.05, floor=0.05)),
-        train=Train(steps=1000, dtype="float32"),
-        checkpoint=Checkpointing(every=200),
-        eval=Evaluation(every=200, batches=16),
-    )
+    experiment = small(model, sequence_length=256, steps=1000)
     return override(experiment, {"method.model.layers.unroll": 4})  # a short stack on CPU is faster written out
 
 
@@ -142,5 +103,5 @@ def moe_tiny() -> Experiment:
 
 def tiny() -> Experiment:
     """The smallest of the family, for tests."""
-    small = {"method.model.dim": 64, "data.sequence_length": 64, "train.steps": 60, "data.batch_size": 8}
-    return override(moe_tiny(), small)
+    smaller = {"method.model.dim": 64, "data.sequence_length": 64, "train.steps": 60, "data.batch_size": 8}
+    return override(moe_tiny(), smaller)

@@ -17,6 +17,10 @@ jax.config.update("jax_disable_most_optimizations", True)
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--goldens", action="store_true", help="write the golden files (make goldens)")
+
+
 @pytest.fixture
 def unchecked():
     """Leaves annotations unchecked: for stand-ins, and for wrong types that the code itself has to refuse."""

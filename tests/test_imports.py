@@ -53,7 +53,9 @@ def test_experiments_choose_and_compute_nothing():
         assert not foreign, f"{path} imports {foreign}: arithmetic on arrays belongs to axrepro/"
 
 
-HEAVY = "[m for m in ('tensorflow', 'torch', 'transformers', 'seqio', 'matplotlib', 'tokamax') if m in sys.modules]"
+HEAVY = (
+    "[m for m in ('tensorflow', 'torch', 'transformers', 'seqio', 'matplotlib', 'tokamax', 'qwix') if m in sys.modules]"
+)
 
 
 def output(code: str) -> str:

@@ -3,7 +3,8 @@
 from axrepro.core.aux import Loss, Metric, Update, collect
 from axrepro.core.config import describe, override, swap
 from axrepro.core.context import Context
-from axrepro.core.interfaces import Flops, Layer, Method, Phase
+from axrepro.core.flops import Flops
+from axrepro.core.interfaces import Layer, Method, Phase
 from axrepro.core.param import Param
 from axrepro.core.sharding import MeshShape, Rules, make_mesh
 from axrepro.errors import UserError

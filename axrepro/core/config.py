@@ -164,7 +164,10 @@ def _parse(text: str, hint, path: str):
         kinds = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
         if len(kinds) != len(items):
             raise wrong
-        return tuple(_parse(item, kind, path) for item, kind in zip(items, kinds, strict=True))
+        try:
+            return tuple(_parse(item, kind, path) for item, kind in zip(items, kinds, strict=True))
+        except UserError:
+            raise wrong from None
     if hint is bool and text.lower() in ("true", "false", "1", "0"):
         return text.lower() in ("true", "1")
     if hint is str:
@@ -175,6 +178,32 @@ def _parse(text: str, hint, path: str):
         except ValueError:
             pass
     raise wrong
+
+
+def lookup(tree, path: str):
+    """The value at a path.
+
+    Raises:
+      UserError: for an unknown field, with the nearest one.
+    """
+    node, here = tree, ""
+    for name in path.split("."):
+        if here and not _is_branch(node):
+            raise UserError(f"{here} is a value, not a group of fields; it has no field {name!r}")
+        if name not in _children(node):
+            raise _unknown_field(node, name, here)
+        node, here = _children(node)[name], f"{here}.{name}" if here else name
+    return node
+
+
+def leaves(tree, path: str = "") -> dict[str, Any]:
+    """All values that are no groups of fields, by path; `path` is that of `tree` itself."""
+    if not _is_branch(tree):
+        return {path: tree}
+    found = {}
+    for name, child in _children(tree).items():
+        found |= leaves(child, f"{path}.{name}" if path else name)
+    return found
 
 
 def override(tree: T, assignments: Mapping[str, Any]) -> T:
@@ -188,19 +217,11 @@ def override(tree: T, assignments: Mapping[str, Any]) -> T:
     """
     cfg = to_config_dict(tree)
     for path, value in assignments.items():
-        node, here, parent = tree, cfg, ""
-        *parents, last = path.split(".")
-        for name in parents:
-            if name not in _children(node):
-                raise _unknown_field(node, name, parent)
-            node = _children(node)[name]
-            parent = f"{parent}.{name}" if parent else name
-            if not _is_branch(node):
-                raise UserError(f"{parent} is a value, not a group of fields; it has no field {last!r}")
+        old = lookup(tree, path)
+        parent, _, last = path.rpartition(".")
+        node, here = lookup(tree, parent) if parent else tree, cfg
+        for name in parent.split(".") if parent else ():
             here = here[name]
-        if last not in _children(node):
-            raise _unknown_field(node, last, parent)
-        old = _children(node)[last]
         if _is_branch(old):
             names = ", ".join(f"{path}.{name}" for name in list(_children(old))[:4])
             raise UserError(
@@ -272,15 +293,23 @@ def to_json(tree) -> str:
     return json.dumps(to_config_dict(tree).to_dict(), indent=2, sort_keys=True)
 
 
+_ABSENT = object()
+
+
+def _brief(value) -> str:
+    if value is _ABSENT:
+        return "(absent)"
+    return value.get(CLASS, "dict") if isinstance(value, Mapping) else repr(value)
+
+
 def differences(old: Mapping, new: Mapping, path: str = "") -> list[str]:
     """Where two nested dicts differ, a line each: `train.steps: 100 -> 200`."""
     lines = []
     for name in sorted(set(old) | set(new)):
         here = f"{path}.{name}" if path else name
-        a, b = old.get(name, "(absent)"), new.get(name, "(absent)")
+        a, b = old.get(name, _ABSENT), new.get(name, _ABSENT)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             lines += differences(a, b, here)
         elif a != b:
-            short = [type(v).__name__ if isinstance(v, Mapping) else repr(v) for v in (a, b)]
-            lines.append(f"{here}: {short[0]} -> {short[1]}")
+            lines.append(f"{here}: {_brief(a)} -> {_brief(b)}")
     return lines

@@ -1,12 +1,15 @@
 """What a layer may need besides its parameters and input, as one value."""
 
+import math
 import zlib
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from axrepro.core.products import Products
 from axrepro.core.sharding import Rules
 
 _static = {"static": True}
@@ -26,6 +29,8 @@ class Context:
       train: whether this is a training step (dropout, capacity).
       phase: the name of the update phase, where a method has several.
       dtype: compute type.   remat: name of the rematerialisation policy, see `axrepro.core.remat`.
+      products: the format of products with weights.
+      context_parallel: how attention reads keys of other devices, see `axrepro.kernels.attention`.
       in_scan: whether this is the body of a loop, out of which XLA cannot merge equal computations.
       platform: "cpu", "gpu" or "tpu", the platform compiled *for*: kernels are chosen by it.
       rules, mesh: the sharding table and the mesh; without a mesh nothing is constrained.
@@ -41,6 +46,8 @@ class Context:
     phase: str = field(default="train", metadata=_static)
     dtype: str = field(default="float32", metadata=_static)
     remat: str = field(default="none", metadata=_static)
+    products: Products = field(default=Products(), metadata=_static)
+    context_parallel: Literal["gather", "ring"] = field(default="gather", metadata=_static)
     in_scan: bool = field(default=False, metadata=_static)
     platform: str = field(default="cpu", metadata=_static)
     rules: Rules = field(default=Rules(), metadata=_static)
@@ -79,6 +86,11 @@ class Context:
             return x
         spec = self.rules.spec(axes, x.shape, dict(self.mesh.shape))
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+    def shards(self, axis: str) -> int:
+        """How many devices of the mesh share a dimension with this logical axis."""
+        sizes = {} if self.mesh is None else dict(self.mesh.shape)
+        return math.prod(sizes.get(name, 1) for name in dict(self.rules.table)[axis])
 
     def token_positions(self, batch: int, length: int) -> jax.Array:
         """int32[B, T]: `positions`, or 0 ... T-1 in every row."""

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from axrepro.core.context import Context
+from axrepro.core.flops import Flops, train_flops
 from axrepro.core.gradients import LossFn, accumulated_gradients
-from axrepro.core.param import matmul_flops
 
 
 class Layer(ABC):
@@ -27,7 +27,7 @@ class Layer(ABC):
         """The output, and the aux tree (mirroring `params`; children's aux must be passed on)."""
 
     def attention_flops(self, dim: int, length: int, full: bool) -> float:
-        """Forward FLOPs per token of products between activations; containers add up their children's.
+        """Forward FLOPs per token of products between activations, see `axrepro.core.flops`; containers add them up.
 
         Args:
           full: count all `length` keys per query, otherwise those that the mask lets through.
@@ -46,19 +46,6 @@ class Phase:
 
     name: str = "train"
     trains: str = "**"
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Train FLOPs of one step: forward and backward, nothing recomputed.
-
-    Attributes:
-      causal: with the part of the attention matrices that the masks let through.
-      full: with whole attention matrices, as some projects count.
-    """
-
-    causal: float
-    full: float
 
 
 class Method(ABC):
@@ -93,11 +80,9 @@ class Method(ABC):
         return batch
 
     def flops(self, batch: Mapping[str, tuple[int, ...]]) -> Flops:
-        """Train FLOPs of one step, from the shapes of a batch: three times the forward pass over every token."""
+        """Train FLOPs of one step, from the shapes of a batch: every token meets all parameters, and no other token."""
         first = next(iter(batch.values()))
-        tokens = first[0] * (first[1] if len(first) > 1 else 1)
-        flops = 3 * tokens * matmul_flops(self.specs())
-        return Flops(causal=flops, full=flops)
+        return train_flops(self.specs(), first[0] * (first[1] if len(first) > 1 else 1))
 
     def check(self, batch: Mapping[str, tuple[int, ...]], vocab_size: int | None) -> None:
         """Raises UserError if the data does not fit the model (called before anything is compiled)."""

@@ -5,6 +5,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
 import jax
@@ -14,6 +15,8 @@ from axrepro.core.tree import fill, flatten, map_tree, unflatten
 from axrepro.errors import UserError
 
 Role = Literal["trained", "frozen", "updated"]
+STACKS = ("layers", "expert")
+"""The logical axes of `stack`: as the leading dimensions of a parameter they number independent copies of it."""
 
 
 class Initializer(ABC):
@@ -87,6 +90,7 @@ class Param:
       decay: whether weight decay applies (matrices yes; norms, biases and gates no).
       matmul: whether each element is multiplied into every token that reaches it (False: looked up, or elementwise).
       active: fraction of the elements that one token uses; top_k / num_experts for experts.
+      inputs: how many dimensions, after those of stacks, a product with an activation sums over; None: it is no matrix.
     """
 
     shape: tuple[int, ...]
@@ -97,6 +101,7 @@ class Param:
     decay: bool = True
     matmul: bool = True
     active: float = 1.0
+    inputs: int | None = None
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
@@ -109,10 +114,16 @@ class Param:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def num_stacks(self) -> int:
+        """Number of leading dimensions that number layers or experts."""
+        return next((index for index, axis in enumerate(self.axes) if axis not in STACKS), len(self.axes))
+
 
 def linear(shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int, **kwargs) -> Param:
-    """A weight matrix with std fan_in**-0.5."""
-    return Param(shape=shape, axes=axes, init=Normal(fan_in**-0.5), **kwargs)
+    """A weight matrix with std fan_in**-0.5; its inputs are the leading dimensions whose product is `fan_in`."""
+    inputs = next((count for count in range(1, len(shape)) if math.prod(shape[:count]) == fan_in), None)
+    return Param(shape=shape, axes=axes, init=Normal(fan_in**-0.5), inputs=inputs, **kwargs)
 
 
 def vector(
@@ -153,19 +164,21 @@ def copies_of(specs: Mapping, source: str, role: Role) -> dict:
     return map_tree(lambda path, spec: replace(spec, role=role, init=CopyOf(f"{source}/{path}")), specs)
 
 
-def init_params(specs: Mapping, key: jax.Array) -> dict:
+def init_params(specs: Mapping, key: jax.Array, given: Mapping = MappingProxyType({})) -> dict:
     """Initial values. Each parameter's key depends on its path alone, so adding one changes no other.
 
+    Args:
+      given: values that some parameters start with instead; copies of these parameters follow.
     Raises:
       ValueError: if a `CopyOf` names no parameter, or one of another shape.
     """
     flat = flatten(specs)
-    values = {}
+    values = flatten(given)
     for path, spec in flat.items():
-        if not isinstance(spec.init, CopyOf):
+        if path not in values and not isinstance(spec.init, CopyOf):
             values[path] = spec.init(jax.random.fold_in(key, zlib.crc32(path.encode())), spec.shape, spec.dtype)
     for path, spec in flat.items():
-        if isinstance(spec.init, CopyOf):
+        if path not in values:
             if spec.init.path not in values:
                 raise ValueError(f"{path!r} is a copy of {spec.init.path!r}, which has no initial value of its own")
             source = values[spec.init.path]

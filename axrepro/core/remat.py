@@ -67,6 +67,11 @@ def policy_of(text: str) -> Policy | None:
     return Policy(save=chosen.get("save", ()), offload=chosen.get("offload", ()))
 
 
+def _is_product(primitive, *operands, **params) -> bool:
+    wanted = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **params)
+    return wanted and all(operand.dtype.itemsize > 1 for operand in operands)
+
+
 def rematerialised(fn: Callable, policy: str, in_scan: bool) -> Callable:
     """`fn` with its residuals chosen by a policy, see `policy_of`.
 
@@ -87,9 +92,9 @@ def rematerialised(fn: Callable, policy: str, in_scan: bool) -> Callable:
             offload_dst="pinned_host",
         )
     elif chosen.all_products:
-        # the products of experts have a batch dimension: they are kept by name
-        names = rules.save_only_these_names("ffn_up", "ffn_gate", "ffn_down")
-        keep = rules.save_from_both_policies(rules.dots_with_no_batch_dims_saveable, names)
+        # the products of experts have a batch dimension, those in 8 bits a sum of 32: they are kept by name
+        names = rules.save_only_these_names("ffn_up", "ffn_gate", "ffn_down", "product")
+        keep = rules.save_from_both_policies(_is_product, names)
     else:
         keep = rules.save_only_these_names(*chosen.save)
     return jax.checkpoint(fn, policy=keep, prevent_cse=not in_scan)

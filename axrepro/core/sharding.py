@@ -91,16 +91,17 @@ class Rules:
     A tensor may name a mesh axis once. The first mesh axis of an entry is required, so a collision there is an error;
     the further ones apply where they are still free and divide the dimension. `embed` over `fsdp` and then `expert`
     thus splits dense weights over both, and expert weights, whose `expert` dimension comes first, over `fsdp` alone.
+    `None` in front requires nothing: `kv_heads` over `(None, "model")` are copied where there are fewer than devices.
     The entries in `WHOLE` need all their axes: a batch that is split over fewer devices would be computed repeatedly.
     """
 
-    table: tuple[tuple[str, tuple[str, ...]], ...] = (
+    table: tuple[tuple[str, tuple[str | None, ...]], ...] = (
         ("batch", ("data", "fsdp", "expert")),
         ("seq", ("seq",)),
         ("embed", ("fsdp", "expert")),
         ("mlp", ("model",)),
         ("heads", ("model",)),
-        ("kv_heads", ("model",)),
+        ("kv_heads", (None, "model")),
         ("head_dim", ()),
         ("vocab", ("model",)),
         ("expert", ("expert",)),
@@ -108,6 +109,7 @@ class Rules:
         ("embed_act", ()),  # the width of activations
         ("group", ("data", "fsdp", "expert")),  # token groups before dispatch and after combine
         ("group_dispatched", ("data", "fsdp")),  # the same groups while experts lie on `expert`: an all-to-all between
+        ("slots", (None, "seq")),  # an expert's places in a group, whose tokens come from the whole sequence
     )
 
     def __post_init__(self):
@@ -115,9 +117,9 @@ class Rules:
         for axis, names in self.table:
             if not isinstance(names, tuple):
                 raise UserError(f"the rule {axis}={names!r} must be a tuple of mesh axes, such as {(names,)!r}")
-            for name in names:
-                if name not in known:
-                    raise UserError(f"the rule {axis}={names!r} has no mesh axis {name!r}; {nearest(name, known)}")
+            for name in names[1:] if names[:1] == (None,) else names:
+                if name is None or name not in known:
+                    raise UserError(f"the rule {axis}={names!r} has no mesh axis {name!r}; {nearest(str(name), known)}")
                 if names.count(name) > 1:
                     raise UserError(f"the rule {axis}={names!r} uses the mesh axis {name!r} twice")
 
@@ -136,8 +138,7 @@ class Rules:
                 raise UserError(f"no sharding rule for the logical axis {axis!r}; {nearest(axis, table)}")
             chosen: list[str] = []
             for position, name in enumerate(table[axis] if axis is not None else ()):
-                size = sizes.get(name, 1)
-                if size == 1:
+                if name is None or (size := sizes.get(name, 1)) == 1:
                     continue
                 required = position == 0 or axis in WHOLE
                 fits = dim % (size * math.prod(sizes[c] for c in chosen)) == 0
@@ -163,7 +164,7 @@ class Rules:
         names = [f.name for f in fields(MeshShape)]
         self.spec(axes, [2 ** len(names)] * len(axes), dict.fromkeys(names, 2))
 
-    def replace(self, **axes: tuple[str, ...]) -> "Rules":
+    def replace(self, **axes: tuple[str | None, ...]) -> "Rules":
         """The table with entries changed: `rules.replace(embed=("fsdp",))`.
 
         Raises:
@@ -173,7 +174,7 @@ class Rules:
             raise UserError(f"no rule for the logical axis {axis!r} to replace; {nearest(axis, dict(self.table))}")
         return self.add(**axes)
 
-    def add(self, **axes: tuple[str, ...]) -> "Rules":
+    def add(self, **axes: tuple[str | None, ...]) -> "Rules":
         """The table with entries for logical axes of one's own. Raises UserError for an unknown mesh axis."""
         return Rules(tuple((dict(self.table) | axes).items()))
 

@@ -26,15 +26,17 @@ def chunked_cross_entropy(
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     chunk: int | None,
+    shards: int = 1,
 ) -> dict[str, Float[Array, "B T"]]:
-    """Cross entropy of the next token, `chunk` positions of every row at a time.
+    """Cross entropy of the next token, `chunk` positions of every row and shard at a time.
 
-    Only [B, chunk, V] logits exist at once; the backward pass computes them again (2 D V FLOPs a token more).
+    Only [B, shards chunk, V] logits exist at once; the backward pass computes them again (2 D V FLOPs a token more).
 
     Args:
       head: logits of hidden states; its parameters may be closed over.
       chunk: positions at once; where it does not divide T, the next smaller divisor down to its half, else the next
         larger one (a prime T is taken whole, not one by one). None: all, and nothing is computed twice.
+      shards: equal parts of the sequence that lie on different devices; each chunk takes as much of every part.
     Returns:
       float32[B, T] each: "nll" in nats, "log_z" the log-partition, "correct" 1.0 where the target is the likeliest.
     Raises:
@@ -49,17 +51,22 @@ def chunked_cross_entropy(
     batch, length = targets.shape
     if chunk is not None and chunk < 1:
         raise UserError(f"the loss takes chunk={chunk} positions at once; it is at least 1, or None for all")
-    if chunk is None or chunk >= length:
+    part = length // shards
+    if chunk is None or chunk >= part:
         return one(hidden, targets)
-    divisors = [size for size in range(1, length + 1) if length % size == 0]
+    divisors = [size for size in range(1, part + 1) if part % size == 0]
     chunk = next((size for size in reversed(divisors) if chunk / 2 <= size <= chunk), 0) or next(
         size for size in divisors if size > chunk
     )
 
-    def chunks(x):  # [B, T, ...] -> [T / chunk, B, chunk, ...]
-        return jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0)
+    def chunks(x):  # [B, T, ...] -> [part / chunk, B, shards, chunk, ...] -> [part / chunk, B, shards chunk, ...]
+        x = jnp.moveaxis(x.reshape(batch, shards, part // chunk, chunk, *x.shape[2:]), 2, 0)
+        return x.reshape(part // chunk, batch, shards * chunk, *x.shape[4:])
+
+    def whole(x):
+        return jnp.moveaxis(x.reshape(part // chunk, batch, shards, chunk), 0, 2).reshape(batch, length)
 
     _, out = jax.lax.scan(
         lambda _, xs: (None, jax.checkpoint(one, prevent_cse=False)(*xs)), None, (chunks(hidden), chunks(targets))
     )
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, length), out)
+    return jax.tree.map(whole, out)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from axrepro.core.aux import Loss, Metric
 from axrepro.core.context import Context
-from axrepro.core.interfaces import Flops, Method
-from axrepro.core.param import matmul_flops
+from axrepro.core.flops import Flops, train_flops
+from axrepro.core.interfaces import Method
 from axrepro.errors import UserError, require_not_negative, require_sizes
 from axrepro.losses.cross_entropy import chunked_cross_entropy
 from axrepro.models.causal_lm import CausalLM
@@ -24,7 +24,7 @@ class LanguageModel(Method):
 
     Attributes:
       z_weight: of the mean squared log-partition of the output softmax (PaLM, arXiv:2204.02311, Sec. 5).
-      chunk: positions per row whose logits exist at once; None: all.
+      chunk: positions per row, or per device's part of it, whose logits exist at once; None: all.
     """
 
     model: CausalLM
@@ -59,15 +59,13 @@ class LanguageModel(Method):
         ctx = ctx.replace(segment_ids=batch.get("segment_ids"), positions=batch.get("positions"))
         hidden, aux = self.model.apply(params, batch["tokens"], ctx)
         head = lambda h: self.model.logits(params, h, ctx)
-        scores = chunked_cross_entropy(head, hidden, batch["targets"], self.chunk)
+        scores = chunked_cross_entropy(head, hidden, batch["targets"], self.chunk, ctx.shards("seq"))
         mask = jnp.ones(batch["tokens"].shape, bool) if ctx.segment_ids is None else ctx.segment_ids > 0
         return scores, mask * batch["loss_mask"] if "loss_mask" in batch else mask, aux
 
     def flops(self, batch: Mapping[str, tuple[int, ...]]) -> Flops:
         rows, length = batch["tokens"]
-        per_token = matmul_flops(self.specs())
-        causal, full = (self.model.attention_flops(length, full=full) for full in (False, True))
-        return Flops(causal=3 * rows * length * (per_token + causal), full=3 * rows * length * (per_token + full))
+        return train_flops(self.specs(), rows * length, lambda full: self.model.attention_flops(length, full))
 
     def check(self, batch: Mapping[str, tuple[int, ...]], vocab_size: int | None) -> None:
         if missing := sorted({"tokens", "targets"} - set(batch)):

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from axrepro.core.context import Context
 from axrepro.core.interfaces import Layer
 from axrepro.core.param import linear
+from axrepro.core.remat import tag
 from axrepro.errors import require_positive, require_sizes
 from axrepro.nn import Attention, Block, Embedding, FeedForward, Repeat, RMSNorm, RoPE
 from axrepro.nn.linear import matmul
@@ -53,15 +55,20 @@ class CausalLM:
 
     def apply(self, params: dict, tokens: Int[Array, "B T"], ctx: Context) -> tuple[Float[Array, "B T D"], dict]:
         """The normed hidden states, from which `logits` follow, and the aux of all layers."""
-        x, embed_aux = self._embed.apply(params["embed"], tokens, ctx)
-        x, layers_aux = self.layers.apply(params["layers"], x, ctx.fold("layers"))
-        x, norm_aux = self.norm.apply(params["norm"], x, ctx)
+        with jax.named_scope("embed"):
+            x, embed_aux = self._embed.apply(params["embed"], tokens, ctx)
+        with jax.named_scope("layers"):
+            x, layers_aux = self.layers.apply(params["layers"], x, ctx.fold("layers"))
+        with jax.named_scope("norm"):
+            x, norm_aux = self.norm.apply(params["norm"], x, ctx)
+            x = tag(x, "hidden")
         return x, {"embed": embed_aux, "layers": layers_aux, "norm": norm_aux}
 
     def logits(self, params: dict, hidden: Float[Array, "B T D"], ctx: Context) -> Float[Array, "B T V"]:
         """Next-token logits in float32."""
         weight = params["embed"]["table"].T if self.tied else params["head"]
-        out = matmul(hidden, weight, ctx, dtype="float32")
+        with jax.named_scope("head"):
+            out = matmul(hidden, weight, ctx, dtype="float32")
         out = ctx.shard(out, "batch", "seq", "vocab")
         return out if self.logit_cap is None else self.logit_cap * jnp.tanh(out / self.logit_cap)
 

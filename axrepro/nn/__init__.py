@@ -2,7 +2,8 @@
 
 from axrepro.kernels.attention import Mask
 from axrepro.nn.attention import Attention
-from axrepro.nn.block import Block, Repeat, Sequence, dropout, every
+from axrepro.nn.block import Block, Repeat, Sequence, every
+from axrepro.nn.dropout import dropout
 from axrepro.nn.embedding import Embedding
 from axrepro.nn.feed_forward import FeedForward
 from axrepro.nn.moe import MoE, TopK

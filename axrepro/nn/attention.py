@@ -92,7 +92,7 @@ class Attention(Layer):
         aux = {}
 
         def project(inputs, name, heads):
-            y = matmul(inputs, params[name], ctx)
+            y = matmul(inputs, params[name], ctx, part="attention")
             if self.qkv_bias:
                 y += ctx.cast(params[f"{name}_bias"])
             if self.qk_norm is not None and name != "v":
@@ -117,8 +117,9 @@ class Attention(Layer):
             implementation=self.implementation,
             platform=ctx.platform,
             sharding=self._sharding(q, ctx),
+            context_parallel=ctx.context_parallel,
         )
-        out = matmul(tag(y, "attention"), params["out"], ctx, contracted=2)
+        out = matmul(tag(y, "attention"), params["out"], ctx, contracted=2, part="attention")
         if self.out_bias:
             out += ctx.cast(params["out_bias"])
         return tag(ctx.shard(out, "batch", "seq", "embed_act"), "attention_out"), aux
@@ -129,10 +130,11 @@ class Attention(Layer):
     def _sharding(self, q, ctx: Context) -> NamedSharding | None:
         if ctx.mesh is None or ctx.mesh.size == 1:
             return None
-        spec = ctx.rules.spec(("batch", None, "heads", None), q.shape, dict(ctx.mesh.shape))
+        spec = ctx.rules.spec(("batch", "seq", "heads", None), q.shape, dict(ctx.mesh.shape))
         return NamedSharding(ctx.mesh, spec)
 
     def attention_flops(self, dim: int, length: int, full: bool) -> float:
+        # memory that cross-attention reads counts as long as the queries
         window = length if self.mask.window is None else min(length, self.mask.window)
         keys = length if full or not self.mask.causal else window * (1 - window / (2 * length))
         return 2 * 2.0 * keys * self.num_heads * self._head_dim(dim)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from axrepro.core.config import swap
@@ -13,18 +12,9 @@ from axrepro.core.interfaces import Layer
 from axrepro.core.param import stack
 from axrepro.core.remat import rematerialised, tag
 from axrepro.errors import UserError, is_number, require, require_sizes
+from axrepro.nn.dropout import dropout
 from axrepro.nn.feed_forward import FeedForward
 from axrepro.nn.norm import RMSNorm
-
-
-def dropout(x: Float[Array, "*B"], rate: float, ctx: Context) -> Float[Array, "*B"]:
-    """Zeroes elements with probability `rate` and scales the others by 1 / (1 - rate), in training only."""
-    if rate == 0.0 or not ctx.train:
-        return x
-    if ctx.key is None:
-        raise ValueError(f"dropout={rate} in training needs ctx.key")
-    keep = jax.random.bernoulli(ctx.key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +54,14 @@ class Block(Layer):
         for branch, layer in (("attention", self.attention), ("ffn", self.ffn)):
             inner, y = ctx.fold(branch), x
             if self.norm is not None:
-                y, aux[f"{branch}_norm"] = self.norm.apply(params[f"{branch}_norm"], y, ctx)
-            y, aux[branch] = layer.apply(params[branch], y, inner)
+                with jax.named_scope(f"{branch}_norm"):
+                    y, aux[f"{branch}_norm"] = self.norm.apply(params[f"{branch}_norm"], y, ctx)
+            with jax.named_scope(branch):
+                y, aux[branch] = layer.apply(params[branch], y, inner)
             if self.post_norm is not None:
                 name = f"{branch}_post_norm"
-                y, aux[name] = self.post_norm.apply(params[name], y, ctx)
+                with jax.named_scope(name):
+                    y, aux[name] = self.post_norm.apply(params[name], y, ctx)
             x = ctx.shard(x + dropout(y, self.dropout, inner.fold("dropout")), "batch", "seq", "embed_act")
         return x, aux
 
@@ -88,7 +81,8 @@ class Sequence(Layer):
     def apply(self, params: dict, x: Float[Array, "B T D"], ctx: Context) -> tuple[Float[Array, "B T D"], dict]:
         aux = {}
         for i, layer in enumerate(self.layers):
-            x, aux[str(i)] = layer.apply(params[str(i)], x, ctx.fold(i))
+            with jax.named_scope(str(i)):
+                x, aux[str(i)] = layer.apply(params[str(i)], x, ctx.fold(i))
         return x, aux
 
     def attention_flops(self, dim: int, length: int, full: bool) -> float:

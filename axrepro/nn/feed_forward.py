@@ -51,9 +51,9 @@ class FeedForward(Layer):
 
     def apply(self, params: dict, x: Float[Array, "*B D"], ctx: Context) -> tuple[Float[Array, "*B D"], dict]:
         act = ACTIVATIONS[self.act]
-        h = tag(matmul(x, params["up"], ctx), "ffn_up")
+        h = tag(matmul(x, params["up"], ctx, part="ffn"), "ffn_up")
         if self.bias:
             h += ctx.cast(params["up_bias"])
-        h = act(tag(matmul(x, params["gate"], ctx), "ffn_gate")) * h if self.gated else act(h)
-        y = tag(matmul(h, params["down"], ctx), "ffn_down")
+        h = act(tag(matmul(x, params["gate"], ctx, part="ffn"), "ffn_gate")) * h if self.gated else act(h)
+        y = tag(matmul(h, params["down"], ctx, part="ffn"), "ffn_down")
         return (y + ctx.cast(params["down_bias"]) if self.bias else y), {}

@@ -6,6 +6,8 @@ GShard (arXiv:2006.16668) top-2 dispatch, as used by arXiv:2405.15052. Tokens ar
 stays on one device and the result depends on no mesh. Outside the experts the groups are split over data, fsdp and
 expert; the experts are split over `expert`, so the dispatched tokens change places by one all-to-all on the way in and
 one on the way out. The rules `group`, `group_dispatched` and `expert` say so: another partition is another table.
+Where the sequence is split, every device of a row gathers the row's tokens and routes them all, because an expert's
+queue runs over the whole group, but works on its share of the slots only (rule `slots`, if it divides them).
 """
 
 from abc import ABC, abstractmethod
@@ -203,24 +205,28 @@ class MoE(Layer):
         valid = jnp.ones((batch, length), bool) if ctx.segment_ids is None else ctx.segment_ids > 0
         capacity = self.capacity(size, ctx.train)
         groups = ctx.shard(groups, "group", None, "embed_act")
-        routing, aux = self.router.apply(params["router"], groups, valid.reshape(-1, size), capacity, ctx)
+        with jax.named_scope("router"):
+            routing, aux = self.router.apply(params["router"], groups, valid.reshape(-1, size), capacity, ctx)
         routing = jax.tree.map(lambda a: tag(a, "moe_routing"), routing)
         dispatcher = self._dispatcher(ctx)(routing, self.num_experts, capacity)
 
-        xe = ctx.shard(dispatcher.dispatch(groups), "group", None, None, "embed_act")  # [N, E, C, D]
-        xe = ctx.shard(xe, "group_dispatched", "expert", None, "embed_act").swapaxes(0, 1)  # all-to-all: N to E
-        xe = ctx.shard(xe, "expert", "group_dispatched", None, "embed_act")
-        ye, expert_aux = self._experts(params["experts"], xe, ctx)
-        ye = ctx.shard(ye, "expert", "group_dispatched", None, "embed_act").swapaxes(0, 1)
-        ye = ctx.shard(ye, "group_dispatched", "expert", None, "embed_act")
-        ye = ctx.shard(ye, "group", None, None, "embed_act")  # all-to-all: E back to N
+        xe = ctx.shard(dispatcher.dispatch(groups), "group", None, "slots", "embed_act")  # [N, E, C, D]
+        xe = ctx.shard(xe, "group_dispatched", "expert", "slots", "embed_act").swapaxes(0, 1)  # all-to-all: N to E
+        xe = ctx.shard(xe, "expert", "group_dispatched", "slots", "embed_act")
+        with jax.named_scope("experts"):
+            ye, expert_aux = self._experts(params["experts"], xe, ctx)
+        ye = ctx.shard(ye, "expert", "group_dispatched", "slots", "embed_act").swapaxes(0, 1)
+        ye = ctx.shard(ye, "group_dispatched", "expert", "slots", "embed_act")
+        ye = ctx.shard(ye, "group", None, "slots", "embed_act")  # all-to-all: E back to N
+        ye = ctx.shard(ye, "group", None, None, "embed_act")
         y = ctx.shard(dispatcher.combine(ye), "group", None, "embed_act")
-        return y.reshape(batch, length, dim), {"router": aux, "experts": expert_aux}
+        y = ctx.shard(y.reshape(batch, length, dim), "batch", "seq", "embed_act")
+        return y, {"router": aux, "experts": expert_aux}
 
     def _experts(self, params, xe: Float[Array, "E N C D"], ctx: Context):
         keys = ctx.keys(self.num_experts)
         # the constraints above lay out the expert axis; inside, one expert sees only its own tokens
-        inner = replace(ctx, mesh=None, segment_ids=None, positions=None)
+        inner = replace(ctx, mesh=None, segment_ids=None, positions=None, products=ctx.products.in_experts())
 
         def one(params, x, key):
             return self.expert.apply(params, x, replace(inner, key=key))

@@ -22,7 +22,8 @@ def _require_rate(node, name: str) -> None:
     require(node, name, is_number(value) and value >= 0, "a learning rate, 0 or above")
 
 
-def _require_span(node, name: str) -> None:
+def require_span(node, name: str) -> None:
+    """Raises UserError unless the field is a `Span`."""
     value = getattr(node, name)
     allowed = is_number(value) and value >= 0 and (value < 1 or value == int(value))
     require(node, name, allowed, "a whole number of steps, or a share of the run below 1 (0.05)")
@@ -32,17 +33,19 @@ def _require_floor(node) -> None:
     require(node, "floor", is_number(node.floor) and 0 <= node.floor <= 1, "a fraction of the peak between 0 and 1")
 
 
-def _span_steps(span: Span, steps: int) -> int:
+def span_steps(span: Span, steps: int) -> int:
+    """A span in steps of a run of `steps`."""
     # Rounded down, so that shares which add up to 1 fit; the small term keeps 0.29 of 100 at 29.
     return int(span) if span >= 1 else int(span * steps + 1e-6)
 
 
-def _require_fits(node, length: int, steps: int, *names: str) -> None:
+def require_fits(node, length: int, steps: int, *names: str) -> None:
+    """Raises UserError for these fields of `node` where their `length` exceeds the run of `steps`."""
     if length > steps:
-        given = " and ".join(f"{type(node).__name__}.{name}={getattr(node, name)!r}" for name in names)
+        given = " and ".join(f"{name}={getattr(node, name)!r}" for name in names)
         raise UserError(
-            f"{given}: {length} steps, longer than the run of {steps}; lower it, write it as a share of the run "
-            "(0.05), or raise train.steps"
+            f"{type(node).__name__}.{given}: {length} steps, longer than the run of {steps}; lower it, write it as a "
+            "share of the run (0.05), or raise train.steps"
         )
 
 
@@ -98,12 +101,12 @@ class Cosine(Schedule):
 
     def __post_init__(self):
         _require_rate(self, "peak")
-        _require_span(self, "warmup")
+        require_span(self, "warmup")
         _require_floor(self)
 
     def build(self, steps):
-        warmup = _span_steps(self.warmup, steps)
-        _require_fits(self, warmup, steps, "warmup")
+        warmup = span_steps(self.warmup, steps)
+        require_fits(self, warmup, steps, "warmup")
         decay = optax.cosine_decay_schedule(self.peak, max(steps - warmup, 1), alpha=self.floor)
         return _after_warmup(self.peak, warmup, decay)
 
@@ -118,12 +121,12 @@ class Linear(Schedule):
 
     def __post_init__(self):
         _require_rate(self, "peak")
-        _require_span(self, "warmup")
+        require_span(self, "warmup")
         _require_floor(self)
 
     def build(self, steps):
-        warmup = _span_steps(self.warmup, steps)
-        _require_fits(self, warmup, steps, "warmup")
+        warmup = span_steps(self.warmup, steps)
+        require_fits(self, warmup, steps, "warmup")
         decay = optax.linear_schedule(self.peak, self.floor * self.peak, max(steps - warmup, 1))
         return _after_warmup(self.peak, warmup, decay)
 
@@ -139,13 +142,13 @@ class WarmupStableDecay(Schedule):
 
     def __post_init__(self):
         _require_rate(self, "peak")
-        _require_span(self, "warmup")
-        _require_span(self, "decay")
+        require_span(self, "warmup")
+        require_span(self, "decay")
         _require_floor(self)
 
     def build(self, steps):
-        warmup, decay = _span_steps(self.warmup, steps), _span_steps(self.decay, steps)
-        _require_fits(self, warmup + decay, steps, "warmup", "decay")
+        warmup, decay = span_steps(self.warmup, steps), span_steps(self.decay, steps)
+        require_fits(self, warmup + decay, steps, "warmup", "decay")
         then = optax.constant_schedule(self.peak)
         if decay:
             then = optax.linear_schedule(self.peak, self.floor * self.peak, decay, steps - decay - warmup)
@@ -161,12 +164,12 @@ class InverseSqrt(Schedule):
 
     def __post_init__(self):
         _require_rate(self, "peak")
-        _require_span(self, "warmup")
+        require_span(self, "warmup")
         require(self, "warmup", self.warmup > 0, "a warm-up above 0, the unit in which its decay is measured")
 
     def build(self, steps):
-        warmup = max(_span_steps(self.warmup, steps), 1)
-        _require_fits(self, warmup, steps, "warmup")
+        warmup = max(span_steps(self.warmup, steps), 1)
+        require_fits(self, warmup, steps, "warmup")
 
         def decay(step):
             return self.peak * jnp.sqrt(warmup / (warmup + jnp.maximum(step, 0)))

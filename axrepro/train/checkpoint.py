@@ -1,15 +1,20 @@
-"""Checkpoints: `WORKDIR/checkpoints/STEP/` with the items params, opt_state, train (step and random key) and data."""
+"""Checkpoints: `WORKDIR/checkpoints/STEP/` with the items params, opt_state, train (step, random key and counts of
+skipped steps), data, and average where the experiment has one."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from axrepro.core.tree import select
 from axrepro.errors import UserError
 from axrepro.train.state import TrainState
 from axrepro.train.workdir import Workdir
+
+_ITEMS = ("params", "opt_state", "train", "average")
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,8 @@ def _items(state: TrainState) -> dict[str, Any]:
     return {
         "params": state.params,
         "opt_state": state.opt_state,
-        "train": {"step": state.step, "key": bits},
-    }
+        "train": {"step": state.step, "key": bits, "skips": state.skips},
+    } | ({"average": state.average} if state.average else {})
 
 
 class Checkpoints:
@@ -57,9 +62,7 @@ class Checkpoints:
         try:
             if self.folder.exists() and not self.folder.is_dir():
                 raise NotADirectoryError("it is a file; move it away")
-            handlers: dict[str, ocp.CheckpointHandler] = {
-                name: ocp.StandardCheckpointHandler() for name in ("params", "opt_state", "train")
-            }
+            handlers: dict[str, ocp.CheckpointHandler] = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
             handlers["data"] = ocp.JsonCheckpointHandler()
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         except (OSError, ValueError) as error:
@@ -113,23 +116,14 @@ class Checkpoints:
           UserError: if there is none, it is damaged, or it is of another model or optimizer. The disk stays as it is.
         """
         step = self._existing(step)
-        items = _items(abstract)
-        if more := sorted(
-            {path.name for path in (self.folder / str(step)).iterdir() if path.is_dir()} - {*items, "data"}
-        ):
-            raise UserError(
-                f"checkpoint {self.folder / str(step)} has the item {more[0]!r}, which this version does not know and "
-                "would lose; go on with the version that wrote it (config.json beside it), or use a new --workdir"
-            )
-        for name, item in items.items():
-            self._check_matches(step, name, item)
-        args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
-        try:
-            out = self._manager.restore(step, args=ocp.args.Composite(**args, data=ocp.args.JsonRestore()))
-        except Exception as error:
-            raise self._damaged(step, error) from error
+        self._check_items(step)
+        self._check_average(step, abstract)
+        out = self._restore(step, _items(abstract), data=ocp.args.JsonRestore())
         key = jax.jit(jax.random.wrap_key_data, out_shardings=abstract.key.sharding)(out["train"]["key"])
-        state: TrainState[jax.Array] = TrainState(out["train"]["step"], out["params"], out["opt_state"], key)
+        train, average = out["train"], out["average"] if abstract.average else {}
+        state: TrainState[jax.Array] = TrainState(
+            train["step"], out["params"], out["opt_state"], key, train["skips"], average
+        )
         if int(jax.device_get(state.step)) != step:
             raise self._damaged(step, ValueError(f"it holds step {int(state.step)}"))
         return Saved(state, out["data"])
@@ -137,12 +131,34 @@ class Checkpoints:
     def restore_params(self, abstract: dict, step: int | None = None) -> tuple[dict, int]:
         """The params alone, and their step. Raises as `restore` does."""
         step = self._existing(step)
-        self._check_matches(step, "params", abstract)
+        return self._restore(step, {"params": abstract})["params"], step
+
+    def restore_averaged(self, abstract: TrainState[jax.ShapeDtypeStruct]) -> tuple[dict, dict, int]:
+        """What an evaluation needs of the last checkpoint: params, average and step. Raises as `restore` does."""
+        step = self._existing(None)
+        self._check_average(step, abstract)
+        items = {name: item for name, item in _items(abstract).items() if name in ("params", "average")}
+        out = self._restore(step, items)
+        return out["params"], out["average"] if abstract.average else {}, step
+
+    def _restore(self, step: int, items: dict[str, Any], **others) -> Mapping[str, Any]:
+        for name, item in items.items():
+            self._check_matches(step, name, item)
+        args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
         try:
-            args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-            return self._manager.restore(step, args=args)["params"], step
+            return self._manager.restore(step, args=ocp.args.Composite(**args, **others))
         except Exception as error:
             raise self._damaged(step, error) from error
+
+    def restore_known(self, abstract: dict) -> dict:
+        """The params of the last checkpoint, which may lack some of `abstract`.
+
+        Raises:
+          UserError: as `restore` does, and for a parameter that `abstract` lacks or has in another shape.
+        """
+        step = self._existing(None)
+        known = self._saved_leaves(step, "params")
+        return self.restore_params(select(abstract, known.__contains__), step)[0]
 
     def _existing(self, step: int | None) -> int:
         step = self.latest_step() if step is None else step
@@ -152,13 +168,33 @@ class Checkpoints:
             raise UserError(f"no checkpoint {'' if step is None else f'{step} '}in {self.folder}; {have}")
         return step
 
-    def _check_matches(self, step: int, name: str, item: dict) -> None:
+    def _check_items(self, step: int) -> None:
+        folder = self.folder / str(step)
+        if unknown := sorted({path.name for path in folder.iterdir() if path.is_dir()} - {*_ITEMS, "data"}):
+            raise UserError(
+                f"checkpoint {folder} has the item {unknown[0]!r}, which this version does not know and would lose; go "
+                "on with the version that wrote it (config.json beside it), or use a new --workdir"
+            )
+
+    def _check_average(self, step: int, abstract: TrainState) -> None:
+        folder = self.folder / str(step)
+        there = (folder / "average").exists()
+        if there and not abstract.average:
+            raise UserError(f"checkpoint {folder} holds averaged parameters; give the experiment that run's `average`")
+        if abstract.average and not there:
+            remedy = "use a new --workdir, or leave the experiment's `average` out"
+            raise UserError(f"checkpoint {folder} holds no averaged parameters; {remedy}")
+
+    def _saved_leaves(self, step: int, name: str) -> dict[str, tuple[int, ...]]:
         try:
             saved = self._manager.item_metadata(step)[name]
             saved = getattr(saved, "tree", saved)
-            found = {path: tuple(leaf.shape) for path, leaf in _leaves(saved).items()}
+            return {path: tuple(leaf.shape) for path, leaf in _leaves(saved).items()}
         except Exception as error:
             raise self._damaged(step, error) from error
+
+    def _check_matches(self, step: int, name: str, item: dict) -> None:
+        found = self._saved_leaves(step, name)
         wanted = {path: tuple(leaf.shape) for path, leaf in _leaves(item).items()}
         if wanted and not found:
             raise self._damaged(step, ValueError(f"its {name} cannot be listed"))

@@ -21,11 +21,22 @@ class Evaluator:
         )
         self._start = self._data.position()
 
-    def __call__(self, params: dict, batches: int | None) -> dict[str, float]:
+    def __call__(self, params: dict, average: dict, batches: int | None) -> dict[str, float]:
         """The means by name, each with "eval/" in front; of the first `batches` batches, or of the whole split.
 
-        With text, "eval/bits_per_byte" is the code length of the raw bytes, end-of-document marks included.
+        They are those of the averaged parameters where the experiment averages them; with `eval.raw` those of `params`
+        themselves follow, with "eval_raw/" in front. With text, "eval/bits_per_byte" is the code length of the raw
+        bytes, end-of-document marks included.
+
+        Args:
+          params, average: as in `TrainState`.
         """
+        scalars = {f"eval/{k}": v for k, v in self._means(self._program.averaged(params, average), batches).items()}
+        if self._program.experiment.eval.raw:
+            scalars |= {f"eval_raw/{name}": value for name, value in self._means(params, batches).items()}
+        return scalars
+
+    def _means(self, params: dict, batches: int | None) -> dict[str, float]:
         sums = {}
         self._data.seek(self._start)
         for batch in itertools.islice(self._data, batches):
@@ -38,4 +49,4 @@ class Evaluator:
         scalars = {"loss": sum(terms.values())} | {k: v for k, v in means.items() if k not in terms or len(terms) > 1}
         if "bits_per_token" in means and stats.get("bytes"):
             scalars["bits_per_byte"] = means["bits_per_token"] * stats["tokens"] / stats["bytes"]
-        return {f"eval/{name}": value for name, value in scalars.items()}
+        return scalars

@@ -59,6 +59,8 @@ KINDS = {
     "mesh-rule": "a mesh rule that matches no hardware, comes after one that takes all of its, or changes nothing",
     "unread-field": "a field that was set and that nothing reads",
     "remat": "a rematerialisation policy, or a name in one, that matches no activation",
+    "decay": "a weight decay that decays no parameter",
+    "products": "8-bit products that no layer of the model takes",
     "lost-loss": "a loss that a layer makes and that never reaches the total",
     "unused-parameter": "a trained parameter on which no loss depends",
     "no-update": 'a parameter of role "updated" that gets no Update',
@@ -182,16 +184,22 @@ def _traced(program: Program, overridden: tuple[str, ...]) -> list[Finding]:
             trained = flatten(program.trained(phase))
             used |= {path for path, kept in zip(flatten(params), kept_inputs, strict=False) if kept} & trained.keys()
             updates |= updated
-    trained = {path for phase in program.phases for path in flatten(program.trained(phase))}
-    for path in sorted(trained - used):
+    for path in sorted(program.trained_paths - used):
         fix = 'use it, remove it, or give it the role "frozen"'
         found.append(Finding("unused-parameter", path, "it is trained, but no loss depends on it", fix))
     for path, spec in flatten(program.specs).items():
         if spec.role == "updated" and path not in updates:
             fix = "return Update(new value) under its path"
             found.append(Finding("no-update", path, 'its role is "updated", but the method returns no Update', fix))
+    for path, optimizer, specs in experiment.optimizer.parts(program.trained_specs):
+        if getattr(optimizer, "weight_decay", 0) and not any(spec.decay for spec in flatten(specs).values()):
+            here = ".".join(filter(None, ("optimizer", path, "weight_decay")))
+            found.append(Finding("decay", here, "it decays none of its parameters", "set it to 0, or `Param.decay`"))
     found += watch.lost()
     found += _remat(experiment.train.remat, names, blocks)
+    if experiment.train.products.format != "exact" and "product" not in names:
+        fault = f"{experiment.train.products} applies to no product of this model"
+        found.append(Finding("products", "train.products", fault, "name parts that it has, or set the format to exact"))
     return found + _unread(experiment, read, overridden)
 
 
@@ -205,11 +213,11 @@ def _trace_apart_from_loss(program: Program, params: dict, batch: dict) -> None:
     jax.eval_shape(lambda p, b: method.evaluate(p, b, program.context(None, train=False)), params, batch)
     if type(method).rollout is not Method.rollout:
         jax.eval_shape(lambda p, b, k: method.rollout(p, b, program.context(k, train=False)), params, batch, key)
-    experiment.optimizer.learning_rates(experiment.train.steps)
     for phase in program.phases:
         trained = select(params, set(flatten(program.trained(phase))).__contains__)
         optimizer = program.optimizers[phase.name]
         jax.eval_shape(lambda p, o=optimizer: o.update(p, o.init(p), p), trained)
+        jax.eval_shape(lambda p, o=optimizer, ph=phase: program.learning_rates({ph.name: o.init(p)}, ph), trained)
         if type(method).gradients is not Method.gradients:
             rest = select(params, lambda path, own=flatten(trained): path not in own)
 
@@ -255,12 +263,11 @@ class _Losses:
         return observing_losses(self._mark)
 
     def _mark(self, total: jax.Array) -> jax.Array:
-        frame = sys._getframe(2)  # the caller of Loss.mean
-        where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        frame = caller = sys._getframe(2)  # the caller of Loss.mean
         while frame is not None and id(frame.f_locals.get("self")) not in self._paths:
             frame = frame.f_back
-        path = self._paths[id(frame.f_locals["self"])] if frame is not None else "method"
-        name = f"{_MARK}{path} {where}"
+        path, frame = ("method", caller) if frame is None else (self._paths[id(frame.f_locals["self"])], frame)
+        name = f"{_MARK}{path} {Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
         self._made.add(name)
         return checkpoint_name(total, name)
 

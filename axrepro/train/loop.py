@@ -7,11 +7,13 @@ from pathlib import Path
 
 import jax
 
+from axrepro.core.flops import speeds
 from axrepro.core.interfaces import Method
 from axrepro.core.sharding import make_mesh
 from axrepro.data import Batches, prefetch
 from axrepro.errors import UserError
 from axrepro.train.checkpoint import Checkpoints
+from axrepro.train.diagnostics import Diagnosis
 from axrepro.train.evaluate import Evaluator
 from axrepro.train.experiment import Experiment
 from axrepro.train.hardware import peak_flops
@@ -68,6 +70,7 @@ def train(experiment: Experiment, workdir: Workdir, name: str) -> Outcome:
     Raises:
       UserError: for wrong input or a damaged checkpoint.
       NotFiniteError: for a loss or gradient that is inf or nan, see `Train.not_finite`.
+      OutOfMemoryError: if a device has too little memory.
     """
     settings = experiment.train
     program = build_program(experiment)
@@ -82,11 +85,12 @@ def train(experiment: Experiment, workdir: Workdir, name: str) -> Outcome:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1)
     checkpoints = Checkpoints(workdir, experiment.checkpoint.keep, experiment.checkpoint.keep_every)
     batches = prefetch(experiment.data.batches("train", settings.seed, program.run_mesh, experiment.rules))
+    diagnosis = Diagnosis(program, workdir)
     try:
         evaluate = Evaluator(program)  # before the first step: held-out data that is missing ends no finished run
         resumed_from = checkpoints.latest_step()
         if resumed_from is None:
-            state = jax.jit(program.init, static_argnums=0, out_shardings=program.shardings)(settings.seed)
+            state = first_state(program)
         else:
             if resumed_from > settings.steps:
                 raise UserError(f"{workdir.address} is at step {resumed_from}, beyond train.steps={settings.steps}")
@@ -104,14 +108,30 @@ def train(experiment: Experiment, workdir: Workdir, name: str) -> Outcome:
         try:
             on_first(lambda: record_config(workdir, name, experiment))
             with Preemption() as preemption:
-                state, scalars = _run(program, state, batches, evaluate, checkpoints, writers, preemption)
+                state, scalars = _run(program, state, batches, evaluate, checkpoints, writers, preemption, diagnosis)
         finally:
+            diagnosis.close()
             writers.close()
+    except jax.errors.JaxRuntimeError as error:
+        diagnosis.explain(error)
+        raise
     finally:
         batches.close()
         checkpoints.close()
     step = int(state.step)
     return Outcome(state, step, step >= settings.steps, resumed_from, scalars)
+
+
+def first_state(program: Program) -> TrainState:
+    """The state of a new run. Raises UserError if `train.init_from` holds no checkpoint, or one that does not fit."""
+    settings, given = program.experiment.train, {}
+    if settings.init_from is not None:
+        checkpoints = Checkpoints(Workdir(settings.init_from), read_only=True)
+        try:
+            given = checkpoints.restore_known(program.abstract_state.params)
+        finally:
+            checkpoints.close()
+    return jax.jit(program.init, static_argnums=0, out_shardings=program.shardings)(settings.seed, given)
 
 
 def compile_step(program: Program, batch: dict):
@@ -122,14 +142,16 @@ def compile_step(program: Program, batch: dict):
 
 
 def _run(
-    program, state, batches: Batches, evaluate: Evaluator, checkpoints, writers, preemption
+    program, state, batches: Batches, evaluate: Evaluator, checkpoints, writers, preemption, diagnosis: Diagnosis
 ) -> tuple[TrainState[jax.Array], dict[str, float]]:
     experiment, settings = program.experiment, program.experiment.train
     step = int(state.step)
     if step == settings.steps:
         writers.say(f"already complete at step {step}")
     rollout = _rollout(program)
-    monitor, meter, step_fn, scalars = Monitor(settings), Meter(program, step), None, {}
+    skipped = lambda step, text: writers.note(step, "skipped", f"skipped: {text}")
+    monitor, meter = Monitor(settings, diagnosis.search, skipped), Meter(program, step)
+    step_fn, scalars = None, {}
 
     def report_saved(wait: bool) -> None:
         if (saved := checkpoints.finished(wait)) is not None:
@@ -138,24 +160,27 @@ def _run(
     while step < settings.steps:
         batch = rollout(state, next(batches))
         if step_fn is None:
-            step_fn = compile_step(program, batch)
+            step_fn = diagnosis.compiled = compile_step(program, batch)
             meter.watch.restart(step)
+        meter.watch.leave_out(diagnosis.before(step + 1, state, batch))
         state, report = step_fn(state, batch)
         step += 1
-        monitor.push(step, report)
+        meter.watch.leave_out(diagnosis.after(step, state))
+        monitor.push(step, state, batch, report)
         last, stop = step == settings.steps, preemption.asked(step)
         log = last or step % settings.log_every == 0
         hold_out = last or (experiment.eval.every is not None and step % experiment.eval.every == 0)
         save = last or stop or step % experiment.checkpoint.every == 0
         if log or hold_out or save:
-            monitor.flush()
+            monitor.flush(state)
         if log:
             scalars = meter.scalars(step, report) | monitor.scalars()
         if stop and hold_out:  # before the evaluation, which may outlast the grace period
             checkpoints.save(state, batches.position())
             report_saved(wait=True)
         if hold_out:
-            scalars = (scalars if log else {}) | evaluate(state.params, None if last else experiment.eval.batches)
+            batches_held_out = None if last else experiment.eval.batches
+            scalars = (scalars if log else {}) | evaluate(state.params, state.average, batches_held_out)
         if log or hold_out:
             writers.write(step, scalars)
         if save:
@@ -172,19 +197,18 @@ def _run(
 
 
 class Meter:
-    """Turns a step's report into the logged scalars: what the method returned, speed, and learning rates."""
+    """Turns a step's report into the logged scalars: what the step reported, and speed."""
 
     def __init__(self, program: Program, step: int):
-        data, settings = program.experiment.data.abstract(), program.experiment.train
+        data = program.experiment.data.abstract()
         shapes = {name: array.shape for name, array in data.items()}
         self.watch = Stopwatch(step)
         self._unit = "tokens" if "tokens" in shapes else "examples"
         self._units = (
             shapes["tokens"][0] * shapes["tokens"][1] if "tokens" in shapes else program.experiment.data.batch_size
         )
-        self._flops = program.experiment.method.flops(shapes).causal / program.run_mesh.size
+        self._flops, self._devices = program.experiment.method.flops(shapes), program.run_mesh.size
         self._peak = peak_flops(jax.devices())
-        self._rates = program.experiment.optimizer.learning_rates(settings.steps)
 
     def scalars(self, step: int, report: dict) -> dict[str, float]:
         """The scalars of `step`, as Python floats; speeds since the last lap."""
@@ -194,11 +218,7 @@ class Meter:
         seconds = self.watch.lap(step)
         scalars["step_time_s"] = seconds
         scalars[f"{self._unit}_per_s"] = self._units / seconds
-        scalars["tflops_per_device"] = self._flops / seconds / 1e12
-        if self._peak is not None:
-            scalars["mfu"] = self._flops / seconds / self._peak
-        # the optimizer has seen step - 1 updates when it makes this one
-        return scalars | {name: float(jax.device_get(rate(step - 1))) for name, rate in self._rates.items()}
+        return scalars | speeds(self._flops, seconds, self._devices, self._peak)
 
 
 def _rollout(program: Program) -> Callable[[TrainState[jax.Array], dict], dict]:
@@ -224,7 +244,7 @@ def evaluate(experiment: Experiment, workdir: Workdir) -> tuple[int, dict[str, f
     program = build_program(experiment)
     checkpoints = Checkpoints(workdir, read_only=True)
     try:
-        params, step = checkpoints.restore_params(program.abstract_state.params)
-        return step, Evaluator(program)(params, None)
+        params, average, step = checkpoints.restore_averaged(program.abstract_state)
+        return step, Evaluator(program)(params, average, None)
     finally:
         checkpoints.close()

@@ -10,7 +10,12 @@ from etils import epath
 
 from axrepro.errors import UserError
 
-_KEPT = ("config*.json", "metrics.jsonl")  # what an earlier start left and this one goes on with
+_KEPT = (
+    "config*.json",
+    "metrics.jsonl",
+    "history.jsonl",
+    "statistics.jsonl",
+)  # what an earlier start left and this one goes on with
 _BUCKETS = ("gs://", "s3://", "az://")
 _SECONDS = 60.0  # between two uploads while training
 
@@ -22,7 +27,7 @@ class Workdir:
 
     Attributes:
       address: as it was given.   checkpoints: the folder for Orbax, absolute.
-      local: where config.json, metrics.jsonl, events/ and curve.png are written.
+      local: where config.json, metrics.jsonl, events/, curve.png and the like are written.
     """
 
     def __init__(self, address: str):

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from axrepro.train.workdir import Workdir
 
 
 class MetricsFile:
-    """One JSON object per logged step. Values that JSON has no number for (nan, inf) are written as strings."""
+    """One JSON object per step. Values that JSON has no number for (nan, inf) are written as strings."""
 
     def __init__(self, path: Path, after_step: int):
         """Opens `path` for appending; lines of steps beyond `after_step`, which will be taken again, are cut off."""
@@ -27,14 +28,21 @@ class MetricsFile:
             os.replace(scratch, path)
         self._file = path.open("a", buffering=1)
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One line, on disk when this returns."""
-        plain = {name: value if math.isfinite(value) else str(value) for name, value in scalars.items()}
-        self._file.write(json.dumps({"step": step, **plain}) + "\n")
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line of numbers, or nested dicts and lists of them; on disk when this returns."""
+        self._file.write(json.dumps({"step": step, **_plain(values)}) + "\n")
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _plain(value):
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return value if math.isfinite(value) else str(value)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -71,6 +79,9 @@ class Silent:
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Nothing."""
 
+    def note(self, step: int, event: str, text: str) -> None:
+        """Nothing."""
+
     def say(self, text: str) -> None:
         """Nothing."""
 
@@ -102,6 +113,8 @@ class Writers:
         self._file = MetricsFile(self._folder / "metrics.jsonl", after_step)
         self._events = SummaryWriter(str(self._folder / "events"), purge_step=after_step + 1)
         self._steps = steps
+        if 0 < after_step < steps:
+            self.note(after_step, "resumed", f"resumed from step {after_step}")
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -118,6 +131,13 @@ class Writers:
         else:
             self.say(f"step {step}/{self._steps}  {_summary(scalars)}")
         self._workdir.publish(now=False)
+
+    def note(self, step: int, event: str, text: str) -> None:
+        """An event of the run ("resumed", "skipped") on the console and, for good, in history.jsonl."""
+        record = {"step": step, "event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "text": text}
+        with (self._folder / "history.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.say(text)
 
     def say(self, text: str) -> None:
         """A line on the console, above the progress bar if there is one."""
@@ -136,25 +156,26 @@ class Writers:
         self._events.close()
         if self._bar is not None:
             self._bar.close()
-        draw_curve(self._folder / "metrics.jsonl", self._folder / "curve.png", self._workdir.address)
+        draw_curve(self._folder, self._workdir.address)
         self._workdir.publish()
 
 
 def _summary(scalars: Mapping[str, float]) -> str:
     shown = {"loss": "{:.4f}", "eval/loss": "{:.4f}", "eval/bits_per_byte": "{:.4f}", "grad_norm": "{:.2f}"}
-    shown |= {"tokens_per_s": "{:,.0f}", "mfu": "{:.1%}", "skipped_steps": "{:.0f}"}
+    shown |= {"tokens_per_s": "{:,.0f}", "mfu": "{:.1%}", "mfu_full": "{:.1%}", "skipped_steps": "{:.0f}"}
     parts = [f"{name} {form.format(scalars[name])}" for name, form in shown.items() if name in scalars]
     return "  ".join(parts)
 
 
-def draw_curve(metrics: Path, picture: Path, title: str) -> None:
-    """The loss over steps, smoothed in front of the raw values, with the evaluations."""
+def draw_curve(folder: Path, title: str) -> None:
+    """`folder`/curve.png: the loss over steps, smoothed in front of the raw values, with evaluations and events."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    lines = read_metrics(metrics)
+    lines = read_metrics(folder / "metrics.jsonl")
+    history = read_metrics(folder / "history.jsonl") if (folder / "history.jsonl").exists() else []
     train = [(line["step"], line["loss"]) for line in lines if isinstance(line.get("loss"), float)]
     held_out = [(line["step"], line["eval/loss"]) for line in lines if isinstance(line.get("eval/loss"), float)]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -167,16 +188,19 @@ def draw_curve(metrics: Path, picture: Path, title: str) -> None:
     if held_out:
         axes.plot(*np.array(held_out).T, "o-", color="tab:orange", markersize=4, label="held out")
     axes.set(xlabel="step", ylabel="loss (nats)", title=title)
+    for event, color, style in (("resumed", "tab:gray", "--"), ("skipped", "tab:red", ":")):
+        for number, step in enumerate(sorted({line["step"] for line in history if line["event"] == event})):
+            axes.axvline(step, color=color, linestyle=style, linewidth=1, label=None if number else event)
     if train or held_out:
         lowest = min(value for _, value in train + held_out)
         start = train[min(len(train) - 1, max(1, len(train) // 50))][1] if train else held_out[0][1]
         axes.set_ylim(lowest - 0.05 * (start - lowest + 0.1), start + 0.1 * (start - lowest + 0.1))
         axes.legend()
     axes.grid(alpha=0.3)
-    scratch = picture.with_name("curve.new.png")
+    scratch = folder / "curve.new.png"
     figure.savefig(scratch, dpi=120)
     plt.close(figure)
-    os.replace(scratch, picture)
+    os.replace(scratch, folder / "curve.png")
 
 
 class Stopwatch:
@@ -191,6 +215,10 @@ class Stopwatch:
         seconds = (now - self._time) / max(1, step - self._step)
         self._step, self._time = step, now
         return seconds
+
+    def leave_out(self, seconds: float) -> None:
+        """Does not count what took these seconds of the lap."""
+        self._time += seconds
 
     def restart(self, step: int) -> None:
         """Starts a lap here, leaving out what came before (compiling, evaluating)."""

@@ -1,5 +1,6 @@
 """One model on many meshes: the same numbers, and the collectives that the partition is meant to cost."""
 
+import math
 import re
 from functools import cache
 
@@ -15,22 +16,34 @@ from axrepro.core.param import abstract_params
 from axrepro.core.sharding import named, param_partitions
 from axrepro.core.tree import map_tree
 from axrepro.errors import UserError
+from axrepro.kernels.attention import Mask
 from axrepro.methods.language_model import LanguageModel
 from axrepro.models.causal_lm import CausalLM
 from axrepro.nn import Attention, Block, FeedForward, MoE, Repeat, every
 
 ROWS, LENGTH = 8, 24  # no parameter has a dimension of 24, so that activations can be told by it
 VOCAB, DIM, HIDDEN = 40, 16, 32
-MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]  # data, fsdp, expert
+AXES = ("data", "fsdp", "expert", "seq", "model")
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+SPLIT_HEADS = [
+    ("dense", (1, 1, 1, 1, 2)),
+    ("shared", (1, 2, 1, 1, 4)),
+    ("moe", (1, 2, 2, 1, 2)),
+    ("shared", (1, 1, 2, 1, 4)),
+]
 
 
 def method(kind: str) -> LanguageModel:
-    """Two blocks, dense or sparse; capacity binds."""
+    """Two blocks. In "moe" capacity binds; "shared" and "window" have few key-value heads and a tied head."""
     ffn = FeedForward(hidden=HIDDEN)
     if kind == "moe":
         ffn = MoE(expert=ffn, num_experts=4, capacity_factor=1.0)
-    layers = Repeat(layer=Block(attention=Attention(num_heads=2), ffn=ffn), times=2)
-    return LanguageModel(model=CausalLM(vocab_size=VOCAB, dim=DIM, layers=layers), chunk=8 if kind == "dense" else None)
+    few = kind in ("shared", "window")
+    mask = Mask(window=5) if kind == "window" else Mask()
+    attention = Attention(num_heads=4, num_kv_heads=2 if few else None, mask=mask)
+    layers = Repeat(layer=Block(attention=attention, ffn=ffn), times=2)
+    model = CausalLM(vocab_size=VOCAB, dim=DIM, layers=layers, tied=few)
+    return LanguageModel(model=model, chunk=None if kind == "moe" else 8)
 
 
 def random_params(kind: str) -> dict:
@@ -51,13 +64,12 @@ def batch() -> dict:
 
 
 @cache
-def program(kind: str, dims: tuple, gradient: bool = True):
+def program(kind: str, dims: tuple, gradient: bool = True, context_parallel: str = "gather"):
     """(compiled loss or value and gradient, shardings of params, sharding of the batch)."""
-    data, fsdp, expert = dims
-    mesh = make_mesh(MeshShape(data=data, fsdp=fsdp, expert=expert), jax.devices()[: data * fsdp * expert])
-    model, ctx = method(kind), Context(mesh=mesh, train=True)
+    mesh = make_mesh(MeshShape(**dict(zip(AXES, dims, strict=False))), jax.devices()[: math.prod(dims)])
+    model, ctx = method(kind), Context(mesh=mesh, train=True, context_parallel=context_parallel)
     shardings = named(mesh, param_partitions(model.specs(), Rules(), dict(mesh.shape)))
-    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert"), "seq"))
     loss = lambda params, batch: objective(model.loss(params, batch, ctx))
     run = (
         jax.jit(jax.value_and_grad(loss), in_shardings=(shardings, rows), out_shardings=(None, shardings))
@@ -68,14 +80,15 @@ def program(kind: str, dims: tuple, gradient: bool = True):
 
 
 @cache
-def result(kind: str, dims: tuple):
-    run, shardings, rows = program(kind, dims)
+def result(kind: str, dims: tuple, context_parallel: str = "gather"):
+    run, shardings, rows = program(kind, dims, context_parallel=context_parallel)
     value, grads = run(jax.device_put(random_params(kind), shardings), jax.device_put(batch(), rows))
     return float(value), jax.device_get(grads)
 
 
-@pytest.mark.parametrize("dims", MESHES[1:], ids=str)
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize(
+    ("kind", "dims"), [(kind, dims) for kind in ("dense", "moe") for dims in MESHES[1:]] + SPLIT_HEADS, ids=str
+)
 def test_loss_and_gradients_are_those_of_one_device(kind, dims, assert_close):
     expected, expected_grads = result(kind, MESHES[0])
     value, grads = result(kind, dims)
@@ -84,10 +97,15 @@ def test_loss_and_gradients_are_those_of_one_device(kind, dims, assert_close):
     assert_close(grads, expected_grads, 2e-5)
 
 
-def collectives(compiled) -> list[tuple[str, str]]:
+def collectives(compiled, kinds="all-to-all|all-gather|reduce-scatter|collective-permute") -> list[tuple[str, str]]:
     """(kind, result shapes) of every collective of a compiled program."""
-    pattern = r"= (\S+|\([^)]*\)) (all-to-all|all-gather|reduce-scatter|collective-permute)(?:-start)?\("
+    pattern = rf"= (\S+|\([^)]*\)) ({kinds})(?:-start)?\("
     return [(kind, shape) for shape, kind in re.findall(pattern, compiled.as_text())]
+
+
+def sizes(shapes: str) -> list[list[int]]:
+    """The dimensions of each array in the text of a result."""
+    return [[int(n) for n in dims.split(",") if n] for dims in re.findall(r"[a-z]\d+\[([\d,]*)\]", shapes)]
 
 
 def count(kind: str, found: list) -> int:
@@ -121,6 +139,26 @@ def test_activations_are_never_gathered(kind, dims):
                 if name == "all-gather" and str(LENGTH) in numbers]  # fmt: skip
     if dims != (8, 1, 1):
         assert count("all-gather", found) > 0
+
+
+def test_heads_hidden_units_and_vocabulary_on_a_model_axis_gather_nothing_and_add_up_twice_a_block():
+    run = program("dense", (1, 1, 1, 1, 2))[0]
+    assert collectives(run) == []
+    sums = [sizes(shapes) for _, shapes in collectives(run, "all-reduce")]
+    activations = [found for found in sums if math.prod(found[0]) == ROWS * LENGTH * DIM]
+    # one for the embedding; and for each of attention and feed-forward one forward and one backward (Megatron-LM,
+    # arXiv:1909.08053, Fig. 3), the latter for all the products that share an input
+    assert sorted(len(found) for found in activations) == [1, 1, 1, 2, 3]
+    # neither logits nor the head come together: what else is summed has a value per position, or the width of one
+    others = [dims for found in sums if found not in activations for dims in found]
+    assert not [dims for dims in others if VOCAB in dims]
+    assert max(math.prod(dims) for dims in others) <= ROWS * 8 * DIM
+
+
+def test_with_fsdp_a_model_axis_gathers_weights_over_fsdp_alone():
+    found = [dims for _, shapes in collectives(program("dense", (1, 2, 1, 1, 4))[0]) for dims in sizes(shapes)]
+    # the largest weight, the table that is also the head, in four parts
+    assert max(math.prod(dims) for dims in found) == VOCAB * DIM // 4
 
 
 def test_gradients_lie_as_their_parameters_do():

@@ -11,14 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from axrepro.core import Context
 from axrepro.core.aux import losses_by_name
-from axrepro.core.param import abstract_params
-from axrepro.core.tree import flatten, unflatten
-from axrepro.losses.cross_entropy import softmax_cross_entropy
 from axrepro.methods.language_model import LanguageModel
-from axrepro.models.causal_lm import llama
-from axrepro.nn import LinearScaling, Llama3Scaling, RMSNorm, RoPE, YarnScaling
-
-TOLERANCE = 1e-5  # float32 has 6e-8 a product; sums over some thousands of terms in another order lose two digits
+from tests.models.transformers_models import TOLERANCE, assert_parity, converted, ours, random_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +31,11 @@ class Case:
     qk_norm: bool = False
     eps: float = 1e-6
     vocab_size: int = 61
-    batch: int = 2
-    length: int = 40
 
-    def reference(self):
-        """The torch model, every weight random, norms included."""
-        config_class, model_class = (Qwen3Config, Qwen3ForCausalLM) if self.qk_norm else (LlamaConfig, LlamaForCausalLM)
-        config = config_class(
+    @property
+    def config(self):
+        """The config of the torch model."""
+        return (Qwen3Config if self.qk_norm else LlamaConfig)(
             vocab_size=self.vocab_size,
             hidden_size=self.dim,
             intermediate_size=self.hidden,
@@ -55,77 +47,12 @@ class Case:
             tie_word_embeddings=self.tied,
             rope_parameters={"rope_type": "default", "rope_theta": self.base} | (self.rope or {}),
             max_position_embeddings=64,
-            attn_implementation="eager",
-        )
-        model = model_class(config).double()
-        for name, weight in model.named_parameters():
-            norm = "norm" in name
-            torch.nn.init.normal_(weight, mean=1.0 if norm else 0.0, std=0.2 if norm else weight.shape[-1] ** -0.5)
-        return model
-
-    def ours(self):
-        """The same model here."""
-        scaling = None
-        if self.rope is not None:
-            scaling = {
-                "linear": lambda r: LinearScaling(factor=r["factor"]),
-                "llama3": lambda r: Llama3Scaling(
-                    factor=r["factor"],
-                    low_frequency_factor=r["low_freq_factor"],
-                    high_frequency_factor=r["high_freq_factor"],
-                    original_length=r["original_max_position_embeddings"],
-                ),
-                "yarn": lambda r: YarnScaling(
-                    factor=r["factor"], original_length=r["original_max_position_embeddings"], beta_fast=4.0
-                ),
-            }[self.rope["rope_type"]](self.rope)
-        return llama(
-            vocab_size=self.vocab_size,
-            dim=self.dim,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            hidden=self.hidden,
-            rope=RoPE(base=self.base, scaling=scaling),
-            qk_norm=RMSNorm(eps=self.eps) if self.qk_norm else None,
-            eps=self.eps,
-            tied=self.tied,
         )
 
-    def converted(self, named: dict[str, torch.Tensor]) -> dict:
-        """Weights, or gradients, by their torch names as a tree like ours."""
-        heads = {"q": self.num_heads, "k": self.num_kv_heads, "v": self.num_kv_heads}
-
-        def layer(i):
-            weight = lambda name: named[f"model.layers.{i}.{name}.weight"].detach().numpy()
-            out = {
-                "attention_norm/scale": weight("input_layernorm"),
-                "ffn_norm/scale": weight("post_attention_layernorm"),
-                "attention/out": weight("self_attn.o_proj").T.reshape(self.num_heads, self.head_dim, self.dim),
-                "ffn/gate": weight("mlp.gate_proj").T,
-                "ffn/up": weight("mlp.up_proj").T,
-                "ffn/down": weight("mlp.down_proj").T,
-            }
-            for name, count in heads.items():
-                product = weight(f"self_attn.{name}_proj").T
-                out[f"attention/{name}"] = product.reshape(self.dim, count, self.head_dim)
-            if self.qk_norm:
-                out["attention/q_norm/scale"] = weight("self_attn.q_norm")
-                out["attention/k_norm/scale"] = weight("self_attn.k_norm")
-            return out
-
-        layers = [layer(i) for i in range(self.num_layers)]
-        flat = {f"layers/{path}": np.stack([one[path] for one in layers]) for path in layers[0]}
-        flat["embed/table"] = named["model.embed_tokens.weight"].detach().numpy()
-        flat["norm/scale"] = named["model.norm.weight"].detach().numpy()
-        if not self.tied:
-            flat["head"] = named["lm_head.weight"].detach().numpy().T
-        return unflatten(flat)
-
-
-def as_float32(tree: dict) -> dict:
-    return jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), tree)
+    @property
+    def model_class(self):
+        """Its class."""
+        return Qwen3ForCausalLM if self.qk_norm else LlamaForCausalLM
 
 
 LLAMA3 = {
@@ -145,45 +72,18 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_loss_and_all_gradients_equal_transformers(name, assert_close):
-    # the reference runs in float64, so that the tolerance measures our float32 rounding alone
     case = CASES[name]
-    model = case.ours()
-
-    @jax.jit
-    def run(params, tokens, targets):
-        def value(params):
-            hidden, _ = model.apply(params, tokens, Context())
-            logits = model.logits(params, hidden, Context())
-            return softmax_cross_entropy(logits, targets)[0].mean(), logits
-
-        return jax.value_and_grad(value, has_aux=True)(params)
-
-    for seed in range(3):
-        torch.manual_seed(seed)
-        reference = case.reference()
-        tokens, targets = np.random.default_rng(seed).integers(0, case.vocab_size, (2, case.batch, case.length))
-        logits = reference(input_ids=torch.tensor(tokens)).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(targets).flatten())
-        loss.backward()
-
-        params = as_float32(case.converted(dict(reference.named_parameters())))
-        shapes = {path: spec.shape for path, spec in flatten(abstract_params(model.specs())).items()}
-        assert {path: leaf.shape for path, leaf in flatten(params).items()} == shapes
-        (our_loss, our_logits), our_gradients = run(params, jnp.asarray(tokens), jnp.asarray(targets))
-        assert_close(our_logits, logits.detach().numpy(), TOLERANCE)
-        assert_close(our_loss, loss.item(), TOLERANCE)
-        gradients = case.converted({key: weight.grad for key, weight in reference.named_parameters()})
-        assert_close(our_gradients, gradients, TOLERANCE)
+    assert_parity(case.model_class, case.config, assert_close, seeds=range(3))
 
 
 def test_the_comparison_notices_another_rope_base():
     # guards the test above: the positions must matter at these sizes
     case = Case()
     torch.manual_seed(0)
-    reference = case.reference()
+    reference = random_model(case.model_class, case.config)
     tokens = np.arange(40)[None] % case.vocab_size
-    params = as_float32(case.converted(dict(reference.named_parameters())))
-    model = dataclasses.replace(case, base=20_000.0).ours()
+    params = converted(case.config, dict(reference.named_parameters()))
+    model = ours(dataclasses.replace(case, base=20_000.0).config)
     hidden, _ = model.apply(params, jnp.asarray(tokens), Context())
     expected = reference(input_ids=torch.tensor(tokens)).logits.detach().numpy()
     difference = np.linalg.norm(np.asarray(model.logits(params, hidden, Context())) - expected)
@@ -194,10 +94,10 @@ def test_the_method_scores_as_torch_does_over_the_masked_tokens(assert_close):
     # weighted nll, accuracy and the z-loss, with padding and a loss mask, from the float64 logits
     case = Case(tied=True)
     torch.manual_seed(3)
-    reference = case.reference()
-    params = as_float32(case.converted(dict(reference.named_parameters())))
+    reference = random_model(case.model_class, case.config)
+    params = converted(case.config, dict(reference.named_parameters()))
     rng = np.random.default_rng(0)
-    tokens, targets = rng.integers(0, case.vocab_size, (2, case.batch, case.length))
+    tokens, targets = rng.integers(0, case.vocab_size, (2, 2, 40))
     weights = rng.choice([0.0, 0.5, 1.0], tokens.shape)
     segments = np.ones(tokens.shape, np.int32)
     segments[0, -10:] = 0
@@ -209,7 +109,7 @@ def test_the_method_scores_as_torch_does_over_the_masked_tokens(assert_close):
     mean = lambda values: (values * weights).sum().item() / weights.sum().item()
     nll = torch.nn.functional.cross_entropy(logits.mT, torch.tensor(targets), reduction="none")
 
-    method = LanguageModel(model=case.ours(), chunk=8, z_weight=0.25)
+    method = LanguageModel(model=ours(case.config), chunk=8, z_weight=0.25)
     batch = jax.tree.map(jnp.asarray, batch)
     aux = jax.jit(method.loss)(params, batch, Context())
     terms = losses_by_name(aux)

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from axrepro.core import MeshShape, make_mesh
 from axrepro.errors import UserError
-from axrepro.kernels.attention import Mask, attention, visible
+from axrepro.kernels.attention import Mask, attention, exchange, visible
 from axrepro.nn import Attention
 
 needs_tokamax = pytest.mark.skipif(importlib.util.find_spec("tokamax") is None, reason="tokamax is not installed")
@@ -203,6 +203,7 @@ def shaped(length=128, head_dim=64, dtype=jnp.float32):
         ("cudnn", shaped(), {}, "16-bit inputs .* not float32"),
         ("cudnn", shaped(head_dim=256, dtype=jnp.bfloat16), {}, "head_dim=256"),
         ("splosh", shaped(), {}, "did you mean 'splash'"),
+        ("auto", shaped(), {"context_parallel": "rong"}, "unknown context_parallel='rong'; did you mean 'ring'"),
         ("xla", [jnp.zeros((1, 4, 3, 8)), *[jnp.zeros((1, 4, 2, 8))] * 2], {}, "3 query heads are no multiple of 2"),
     ],
 )
@@ -241,3 +242,64 @@ def test_impossible_masks_and_heads_are_refused():
         Attention(num_heads=4, cross=True)
     with pytest.raises(UserError, match="set head_dim"):
         Attention(num_heads=4).specs(30)
+
+
+SPLIT = {
+    "causal": {"shards": 4, "model": 2},
+    "causal_odd_parts": {"shards": 8, "segments": True},
+    "segments_and_cap": {"shards": 4, "model": 2, "segments": True, "cap": 0.7},
+    "window": {"shards": 8, "mask": Mask(window=5), "segments": True},
+    "wide_window": {"shards": 4, "mask": Mask(window=17)},
+    "prefix": {"shards": 4, "segments": True, "prefix": True},
+    "full": {"shards": 2, "model": 2, "mask": Mask(causal=False)},
+    "cross_with_a_memory_that_is_all_padding": {"shards": 4, "mask": Mask(causal=False), "memory": True},
+}
+
+
+@pytest.mark.parametrize("context_parallel", ["gather", "ring"])
+@pytest.mark.parametrize("name", SPLIT)
+def test_a_split_sequence_gives_what_one_device_does(name, context_parallel, assert_close, monkeypatch):
+    monkeypatch.setattr("axrepro.kernels.ring_attention.TILE", 4)  # several tiles on a device
+    case = dict(mask=Mask(), model=1, cap=None, segments=False, prefix=False, memory=False) | SPLIT[name]
+    inputs = random_inputs(2, 24, 8 if case["memory"] else 24, 4, 1, 4)
+    segments = jnp.asarray(np.stack([np.arange(24) // 7, np.arange(24) // 13]), jnp.int32)
+    kwargs = {
+        "mask": case["mask"],
+        "logit_cap": case["cap"],
+        "segment_ids": jnp.ones((2, 24), jnp.int32) if case["memory"] else segments if case["segments"] else None,
+        "key_segment_ids": jnp.asarray([[1, 1, 1, 1, 1, 1, 0, 0], [0] * 8]) if case["memory"] else None,
+        "prefix": jnp.asarray(np.random.default_rng(3).random((2, 24)) < 0.3) if case["prefix"] else None,
+    }
+    shards, model = case["shards"], case["model"]
+    mesh = make_mesh(MeshShape(data=1, seq=shards, model=model), jax.devices()[: shards * model])
+    sharding = NamedSharding(mesh, PartitionSpec(None, "seq", "model" if model > 1 else None))
+    expected = value_and_gradients(inputs, implementation="xla", **kwargs)
+    actual = value_and_gradients(inputs, sharding=sharding, context_parallel=context_parallel, **kwargs)
+    assert actual[0].sharding.is_equivalent_to(sharding, 4)
+    for ours, reference in zip(actual, expected, strict=True):
+        assert_close(ours, reference, 2e-6)  # float32 sums over 24 keys in another order
+
+
+@pytest.mark.parametrize("mask", [Mask(), Mask(window=100), Mask(causal=False)], ids=str)
+def test_splash_takes_its_share_of_the_queries_of_a_split_sequence(mask, assert_close):
+    mesh = make_mesh(MeshShape(data=1, seq=2, model=2), jax.devices()[:4])
+    inputs = random_inputs(1, 512, 512, 2, 1, 64)
+    segments = jnp.asarray(np.arange(512)[None] // 300)
+    kwargs = {"mask": mask, "segment_ids": segments, "key_segment_ids": segments}
+    expected = value_and_gradients(inputs, implementation="xla", **kwargs)
+    sharding = NamedSharding(mesh, PartitionSpec(None, "seq", "model"))
+    actual = value_and_gradients(inputs, implementation="splash", sharding=sharding, **kwargs)
+    for ours, reference in zip(actual, expected, strict=True):
+        assert_close(ours, reference, 1e-5)
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_an_exchange_gives_each_device_an_early_and_a_late_part(devices):
+    mesh = make_mesh(MeshShape(data=1, seq=devices), jax.devices()[:devices])
+    spec = PartitionSpec(None, "seq")
+    there = jax.shard_map(lambda x: exchange(x, "seq"), mesh=mesh, in_specs=spec, out_specs=spec)
+    back = jax.shard_map(lambda x: exchange(x, "seq", back=True), mesh=mesh, in_specs=spec, out_specs=spec)
+    x = jnp.arange(4 * devices)[None]  # parts of two
+    parts = np.asarray(there(x)).reshape(devices, 2, 2)[:, :, 0] // 2
+    np.testing.assert_array_equal(parts, [(i, 2 * devices - 1 - i) for i in range(devices)])
+    np.testing.assert_array_equal(back(there(x)), x)

@@ -99,7 +99,7 @@ def test_warmup_as_long_as_the_run_is_allowed():
 
 
 def test_decay_that_overlaps_the_warmup_names_both_fields():
-    with pytest.raises(UserError, match=r"WarmupStableDecay\.warmup=60 and WarmupStableDecay\.decay=0\.5: 110 steps"):
+    with pytest.raises(UserError, match=r"WarmupStableDecay\.warmup=60 and decay=0\.5: 110 steps"):
         WarmupStableDecay(peak=1.0, warmup=60, decay=0.5).build(100)
 
 

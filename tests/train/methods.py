@@ -1,6 +1,6 @@
-"""Four short methods that stretch the `Method` interface: EMA teacher, two players, low-rank adapter, robust mean.
+"""Three short methods that stretch the `Method` interface: EMA teacher, two players, robust mean.
 
-A fifth makes its own batches by sampling. Each is as small as the idea allows; `regression_data` feeds them all.
+A fourth makes its own batches by sampling. Each is as small as the idea allows; `regression_data` feeds them all.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ import numpy as np
 from axrepro.core import Context, Loss, Method, Metric, Phase, Update
 from axrepro.core.aux import objective
 from axrepro.core.gradients import split_batch
-from axrepro.core.param import copies_of, linear, with_role
-from axrepro.core.tree import flatten, map_tree, matches, unflatten
+from axrepro.core.param import copies_of, linear
+from axrepro.core.tree import flatten, map_tree
 from axrepro.data import Data, Examples
 
 
@@ -117,32 +117,6 @@ class TwoPlayers(Method):
         value = x * y + (x**2 - y**2) / 2
         sign = 1.0 if ctx.phase == "low" else -1.0
         return {"game": Loss.mean(sign * value), "distance": Metric.mean(x**2 + y**2)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class LowRank(Method):
-    """W + a b on the matrices of a frozen base (LoRA, arXiv:2106.09685, Eq. 3), whatever method that is."""
-
-    base: Method
-    where: str = "**"
-    rank: int = 2
-
-    def _adapted(self) -> dict:
-        return {p: s for p, s in flatten(self.base.specs()).items() if len(s.shape) == 2 and matches(p, self.where)}
-
-    def specs(self):
-        adapter = {}
-        for path, spec in self._adapted().items():
-            rows, columns = spec.shape
-            adapter[f"{path}/a"] = linear((rows, self.rank), (spec.axes[0], None), fan_in=rows)
-            adapter[f"{path}/b"] = linear((self.rank, columns), (None, spec.axes[1]), fan_in=10**12)  # almost zero
-        return {"base": with_role(self.base.specs(), "frozen"), "adapter": unflatten(adapter)}
-
-    def loss(self, params, batch, ctx):
-        adapter, merged = flatten(params["adapter"]), flatten(params["base"])
-        for path in self._adapted():
-            merged[path] = merged[path] + adapter[f"{path}/a"] @ adapter[f"{path}/b"]
-        return {"base": self.base.loss(unflatten(merged), batch, ctx)}
 
 
 @dataclass(frozen=True, kw_only=True)

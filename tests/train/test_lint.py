@@ -17,12 +17,13 @@ from axrepro.errors import UserError
 from axrepro.methods.language_model import LanguageModel
 from axrepro.models.causal_lm import llama
 from axrepro.nn import Block, FeedForward, MoE, every
-from axrepro.optim import AdamW, Constant
+from axrepro.optim import AdamW, Constant, PerPath
 from axrepro.train.experiment import Experiment, MeshRule, Train, on_hardware
 from axrepro.train.hardware import parse_topology
 from axrepro.train.lint import KINDS, lint, require_clean
 
 ENTRIES = registry.index()
+RATE = Constant(value=1e-3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +195,20 @@ def test_a_remat_policy_without_a_block_is_found():
 def test_a_remat_policy_of_which_no_name_matches_is_found():
     no_attention = swap(experiment(remat="qkvo"), Block, lambda b: replace(b, attention=b.ffn))
     assert only(found(no_attention), "remat").path == "train.remat"
+
+
+def test_a_weight_decay_without_a_parameter_is_found_also_behind_a_glob():
+    norms = PerPath(rules=(("**/scale", AdamW(learning_rate=RATE)), ("**", AdamW(learning_rate=RATE))))
+    finding = only(found(replace(experiment(), optimizer=norms)), "decay")
+    assert finding.path == "optimizer.rules.0.1.weight_decay"
+    without = PerPath(rules=(("**/scale", AdamW(learning_rate=RATE, weight_decay=0.0)), norms.rules[1]))
+    assert found(replace(experiment(), optimizer=without)) == []
+
+
+def test_eight_bit_products_that_no_layer_takes_are_found():
+    dense = {"train.products.format": "int8", "train.products.parts": ("experts",)}
+    assert only(found(experiment(), overrides=dense), "products").path == "train.products"
+    assert found(experiment(), overrides=dense | {"train.products.parts": ("ffn",)}) == []
 
 
 def test_a_replicated_embedding_is_found_with_its_size():

@@ -18,10 +18,10 @@ from axrepro.errors import UserError
 from axrepro.methods.language_model import LanguageModel
 from axrepro.models.causal_lm import llama
 from axrepro.nn import MoE, every
-from axrepro.optim import SGD, AdamW, Constant, Cosine
+from axrepro.optim import SGD, AdamW, Constant, Cosine, Ema, Linear
 from axrepro.train.checkpoint import Checkpoints
 from axrepro.train.experiment import Checkpointing, Evaluation, Experiment, Train
-from axrepro.train.loop import compile_step, train
+from axrepro.train.loop import build_program, compile_step, train
 from axrepro.train.not_finite import NotFiniteError
 from axrepro.train.state import Program
 from axrepro.train.workdir import Workdir
@@ -134,6 +134,26 @@ def test_skipped_steps_change_nothing_are_counted_and_end_after_the_limit(tmp_pa
     with pytest.raises(NotFiniteError, match=r"4 in a row are more than train.max_skips=3"):
         train(config, Workdir(str(tmp_path)), "skips")
     assert capsys.readouterr().out.count("skipped: step") == 3
+
+
+def test_skipped_steps_are_counted_over_a_resume_and_the_rate_is_the_one_that_the_optimizer_is_at(tmp_path):
+    config = replace(
+        overflowing(), optimizer=SGD(learning_rate=Linear(peak=1e30), momentum=None), average=Ema(decay=0.5)
+    )
+    config = override(config, {"train.not_finite": "skip", "train.max_skips": 5})
+    with pytest.raises(NotFiniteError, match=r"step 7 is not finite.* 6 in a row are more than train\.max_skips=5"):
+        train(config, Workdir(str(tmp_path)), "counts")
+    assert {int(p.name) for p in (tmp_path / "checkpoints").iterdir()} == {4}
+    lines = lambda: [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("skipped_steps") for line in lines()] == [None, 1, 2, 3, 4, 5]
+    # the step after the only one that was taken is tried again and again
+    np.testing.assert_allclose([line["learning_rate"] for line in lines()], [1e30, *[0.9e30] * 5], rtol=1e-6)
+    with pytest.raises(NotFiniteError, match=r"step 7 is not finite.* 6 in a row are more than train\.max_skips=5"):
+        train(config, Workdir(str(tmp_path)), "counts")
+    assert [line.get("skipped_steps") for line in lines()] == [None, 1, 2, 3, 4, 5]
+    saved = Checkpoints(Workdir(str(tmp_path)), read_only=True).restore(build_program(config).abstract_state).state
+    assert jax.device_get(saved.skips) == {"total": 3, "in_row": 3}
+    assert int(saved.average["count"]) == 1
 
 
 def test_a_step_that_is_not_finite_leaves_parameters_and_moments_to_the_bit():

@@ -18,6 +18,7 @@ from axrepro import launch as launcher
 TINY = "--experiment=moe_tiny"
 DESCRIBE = (TINY, "--mode=describe")
 ONE = (*DESCRIBE, "--topology=cpu-1")
+V5P = ("--experiment=moe_6b", "--mode=describe", "--topology=v5p-1024")
 BLOCK = "--method.model.layers.layer.layers.0"
 MOE = "--method.model.layers.layer.layers.1.ffn"
 ARGUMENTS = {
@@ -72,6 +73,24 @@ ARGUMENTS = {
     "process flags": ((TINY, "--coordinator=localhost:1"), "--num_processes"),
     "process id": ((TINY, "--coordinator=localhost:1", "--num_processes=2", "--process_id=2"), "--process_id=2"),
     "negative process id": ((TINY, "--process_id=-1"), "--process_id=-1"),
+    # modes
+    "explain while training": ((TINY, "--explain=train.steps"), "--explain", "--mode=describe"),
+    "diff while evaluating": (("--experiment=moe_6b", "--mode=eval", "--diff=moe_13b"), "--diff", "--mode=describe"),
+    "explain and diff": (
+        ("--experiment=moe_6b", "--mode=describe", "--diff=moe_13b", "--explain=train"),
+        "--explain",
+        "--diff",
+    ),
+    "explain unknown": ((*V5P, "--explain=experiment.train.stepz"), "stepz", "steps"),
+    "explain below a value": ((*V5P, "--explain=train.steps.x"), "train.steps is a value"),
+    "explain with a wrong override": ((*V5P, "--explain=train", "--trian.steps=1"), "trian"),
+    "diff with an unknown experiment": ((*V5P, "--diff=moe_7b"), "moe_7b", "moe_6b"),
+    "diff with an override for one": (
+        (*V5P, "--diff=dense_6b", "--method.model.layers.layer.layers.3.ffn.num_experts=8"),
+        "dense_6b, of the two",
+        "'layers'",
+    ),
+    "diff on a topology for one": ((*V5P, "--diff=moe_tiny"), "moe_tiny, of the two", "batch"),
     # fields that must fit each other
     "accumulation": ((TINY, "--train.grad_accumulation=3"), "train.grad_accumulation=3"),
     "heads": ((*ONE, "--method.model.dim=130"), "130", "num_heads"),
@@ -84,6 +103,12 @@ ARGUMENTS = {
     "remat of nothing": ((*ONE, "--train.remat=save:querry"), "querry", "train.remat"),
     "rule for no mesh axis": ((*ONE, "--rules.table=(('batch',('dataa',)),)"), "dataa", "data"),
     "table without a rule": ((*ONE, "--rules.table=(('batch',('data',)),)"), "vocab"),
+    "raw of no average": ((TINY, "--eval.raw=true"), "eval.raw=True", "average"),
+    "scales as no pairs": (
+        (TINY, "--optimizer.update_scale=**/ffn/*,0.5"),
+        "optimizer.update_scale='**/ffn/*,0.5'",
+        "tuple[tuple[str, float], ...]",
+    ),
     "pattern of no parameter": ((*ONE, "--optimizer.update_scale=(('nothing/*',0.5),)"), "nothing/*"),
     "allowed finding of no kind": ((*ONE, "--experiment.allow=nonsense"), "nonsense", "mesh-rule"),
     "vocabulary": ((TINY, "--method.model.vocab_size=200"), "vocab_size=200", "259"),
@@ -185,7 +210,7 @@ FILES = {
     "a link to nothing": ({"a.py": Path("/nowhere.py")}, "f", "a.py", "No such file"),
     "missing import": ({"a.py": "import nothing_like_it\n" + FAILS.format("pass")}, "f", "a.py:1", "nothing_like_it"),
     "missing name": ({"a.py": FAILS.format("return nothing_like_it")}, "f", "a.py:3", "nothing_like_it"),
-    "unknown keyword": ({"a.py": FAILS.format("return Experiment(stepz=3)")}, "f", "a.py:3", "stepz"),
+    "unknown keyword": ({"a.py": FAILS.format("return Experiment(stepz=3)")}, "f", "a.py:3", "TypeError"),
     "error of its own": ({"a.py": FAILS.format("raise KeyError('dim')")}, "f", "a.py:3", "KeyError", "dim"),
     "exit": ({"a.py": FAILS.format("raise SystemExit(3)")}, "f", "a.py:3", "SystemExit"),
     "value out of range": (
@@ -277,7 +302,7 @@ DATA = {
     "folder missing": (lambda data: shutil.rmtree(data), ("tiny",), "data/*.txt", " in /"),
     "all files empty": (_each_text(b""), ("tiny",), "documents of the source are empty", ".txt"),
     "a link to nothing": (lambda data: (data / "x.txt").symlink_to("/nowhere"), ("tiny",), "data/x.txt"),
-    "unreadable": (lambda data: (data / "x.txt").symlink_to("/proc/self/mem"), ("tiny",), "cannot read data/x.txt"),
+    "unreadable": (lambda data: (data / "x.txt").symlink_to("x.txt"), ("tiny",), "cannot read data/x.txt"),
     "broken gz": (
         lambda data: (data / "x.txt.gz").write_bytes(b"no gzip"),
         ("tiny", "--data.source.pattern=data/*.txt*"),
@@ -481,6 +506,7 @@ RIGHT = {
     "the last of two values": (("--train.steps=8", "--train.steps=7"), "steps: 7"),
     "a tuple": (("--data.source.pattern=('a b/*.txt', 'ü/*')",), "pattern: ('a b/*.txt', 'ü/*')"),
     "an equals sign": (("--data.source.pattern=a=b",), "pattern: 'a=b'"),
+    "pairs": (("--optimizer.update_scale=(('**/ffn/*', 0.5),)",), "update_scale: (('**/ffn/*', 0.5),)"),
     "none": (("--optimizer.clip=None",), "clip: None"),
     "an int for a float": (("--optimizer.weight_decay=1",), "weight_decay: 1.0"),
     "an exponent": (("--optimizer.eps=1e-6",), "eps: 1e-06"),
