@@ -15,6 +15,9 @@ import pytest
 
 from axrepro import launch as launcher
 
+# the code refuses by itself what the annotations would
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 TINY = "--experiment=moe_tiny"
 DESCRIBE = (TINY, "--mode=describe")
 ONE = (*DESCRIBE, "--topology=cpu-1")
