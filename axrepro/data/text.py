@@ -65,8 +65,6 @@ class PackedText(Examples):
             self._bytes += len(document.data)
         if not encoded:
             raise UserError("the source gave no documents")
-        if not self._bytes:
-            raise UserError(f"all {len(encoded)} documents of the source are empty, {document.name} for one")
         self._sizes = np.array([len(ids) + 1 for ids in encoded], np.int64)
         self._places = np.cumsum(self._sizes) - self._sizes
         self._total = int(self._sizes.sum())
@@ -185,7 +183,10 @@ class Text(Data):
     def open(self, split: Split, seed: int) -> PackedText:
         # the first batches of the eval split should be a fair sample of it, and the same whatever the seed of the run
         seed = seed if split == "train" else 0
-        return PackedText(self.source.documents(split), self.vocabulary, self.sequence_length, seed, self.shuffle)
+        text = PackedText(self.source.documents(split), self.vocabulary, self.sequence_length, seed, self.shuffle)
+        if not (stats := text.stats())["bytes"]:
+            raise UserError(f"all {stats['documents']} documents of {self.source} in the {split} split are empty")
+        return text
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         return {name: jax.ShapeDtypeStruct((self.batch_size, self.sequence_length), np.int32) for name in NAMES}

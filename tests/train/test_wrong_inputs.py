@@ -303,7 +303,7 @@ DATA = {
     "empty pattern": (None, ("tiny", "--data.source.pattern="), "no file matches ''"),
     "pattern of a folder": (None, ("tiny", "--data.source.pattern=data"), "'data'"),
     "folder missing": (lambda data: shutil.rmtree(data), ("tiny",), "data/*.txt", " in /"),
-    "all files empty": (_each_text(b""), ("tiny",), "documents of the source are empty", ".txt"),
+    "all files empty": (_each_text(b""), ("tiny",), "data/*.txt", "are empty"),
     "a link to nothing": (lambda data: (data / "x.txt").symlink_to("/nowhere"), ("tiny",), "data/x.txt"),
     "unreadable": (lambda data: (data / "x.txt").symlink_to("x.txt"), ("tiny",), "cannot read data/x.txt"),
     "broken gz": (
