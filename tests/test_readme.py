@@ -46,6 +46,7 @@ def test_the_map_names_every_folder():
     folders = {f"axrepro/{p.parent.name}" for p in (ROOT / "axrepro").glob("*/__init__.py")} | {
         "experiments",
         "benchmarks",
+        "docs",
         "tests",
     }
     assert named == folders

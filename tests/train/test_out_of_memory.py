@@ -11,13 +11,15 @@ from axrepro.train.out_of_memory import OutOfMemoryError
 from axrepro.train.workdir import Workdir
 
 
-def test_parameters_that_do_not_fit_end_the_launcher_with_code_3(tmp_path, capsys, monkeypatch):
+def test_logits_that_do_not_fit_end_the_launcher_with_code_3(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(launcher, "set_up_platform", lambda args: None)
-    arguments = (*SMALL, "--method.model.vocab_size=1000000000000", f"--workdir={tmp_path}")
+    arguments = (*SMALL, "--data.sequence_length=262144", f"--workdir={tmp_path}")
     assert launcher.main(list(arguments)) == 3
     message = capsys.readouterr().err
-    assert message.startswith("axrepro: out of memory before the first step (could not allocate ")
+    assert message.startswith("axrepro: out of memory while the step ran (could not allocate ")
     assert "Traceback" not in message
+    kinds = ("parameters", "optimizer state", "gradients", "batch", "step: temporaries", "--train.remat=full")
+    assert all(kind in message for kind in kinds)
 
 
 def test_other_errors_of_the_runtime_stay_as_they_are():
