@@ -5,6 +5,7 @@ Nothing heavy is imported before the platform is chosen, and a wrong input ends 
 
 import argparse
 import contextlib
+import errno
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 from axrepro.errors import UserError, nearest
 
 MODES = ("train", "describe", "eval")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_MOST_DEVICES = 4096  # emulated; each takes threads and memory
 _HELP = """
 Any field of the experiment is set by its path, for example
   --experiment.train.steps=100 --experiment.mesh.fsdp=8 --experiment.method.model.dim=256
@@ -67,6 +70,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name}={value} must be at least {least}")
+    if args.devices is not None and args.devices > _MOST_DEVICES:
+        raise UserError(f"--devices={args.devices} must be at most {_MOST_DEVICES}; --topology describes larger slices")
+    if empty := [name for name in ("workdir", "topology", "coordinator") if getattr(args, name) == ""]:
+        raise UserError(f"--{empty[0]}= is empty; give it a value, or leave it out")
     if not args.list and not args.experiment:
         raise UserError("--experiment=NAME is missing; --list prints the names")
     if args.topology and args.mode != "describe":
@@ -183,7 +190,13 @@ def _train(name: str, experiment, workdir: str) -> int:
 
     if jax.process_index() == 0:
         print(f"{name} on {jax.device_count()} × {jax.devices()[0].device_kind}, workdir {workdir}", flush=True)
-    outcome = train(experiment, Workdir(workdir), name)
+    try:
+        outcome = train(experiment, Workdir(workdir), name)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        again = "make room, and the same command goes on from the last checkpoint"
+        raise UserError(f"cannot write to the workdir {workdir}: {error}; {again}") from error
     if jax.process_index() == 0 and outcome.complete:
         print(f"complete at step {outcome.step}; {workdir}/curve.png shows the run", flush=True)
     return 0

@@ -6,6 +6,7 @@ The index is made by parsing the files; only the file of the experiment that is 
 import ast
 import importlib
 import importlib.util
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
@@ -50,8 +51,8 @@ def index(root: Path | None = None) -> list[Entry]:
     entries = []
     for path in sorted(root.rglob("[!_]*.py")):
         try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError) as error:
+            tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        except (OSError, SyntaxError, UnicodeDecodeError) as error:
             raise UserError(f"experiment file {path} cannot be parsed: {error}") from None
         file = path.relative_to(root).with_suffix("").as_posix()
         entries += [Entry(file, f.name, _first_line(f)) for f in tree.body if _is_experiment(f)]
@@ -78,13 +79,16 @@ def find(name: str, entries: list[Entry]) -> Entry:
     """
     file, colon, function = name.rpartition(":")
     if colon:
-        found = [e for e in entries if e.function == function and (e.file == file or e.file.split("/")[-1] == file)]
+        named = [e for e in entries if e.function == function]
+        found = [e for e in named if e.file == file] or [e for e in named if e.file.split("/")[-1] == file]
         names = [f"{e.file}:{e.function}" for e in entries]
     else:
         found = [e for e in entries if e.function == name]
         names = [e.name for e in entries]
     if not found:
         raise UserError(f"no experiment {name!r}; {nearest(name, names)} (--list shows all)")
+    if len(found) > 1 and len({e.file for e in found}) == 1:
+        raise UserError(f"experiment {name!r} is defined {len(found)} times in experiments/{found[0].file}.py")
     if len(found) > 1:
         raise UserError(
             f"experiment {name!r} is in several files: {', '.join(f'{e.file}:{e.function}' for e in found)}"
@@ -93,6 +97,22 @@ def find(name: str, entries: list[Entry]) -> Entry:
 
 
 def load(entry: Entry):
-    """The `Experiment` that the entry's function returns."""
-    module = importlib.import_module("experiments." + entry.file.replace("/", "."))
-    return getattr(module, entry.function)()
+    """The `Experiment` that the entry's function returns.
+
+    Raises:
+      UserError: with the line of the file, if it cannot be imported or the function raises; or returns something else.
+    """
+    from axrepro.train.experiment import Experiment
+
+    path = f"experiments/{entry.file}.py"
+    try:
+        module = importlib.import_module("experiments." + entry.file.replace("/", "."))
+        experiment = getattr(module, entry.function)()
+    except (Exception, SystemExit) as error:
+        calls = traceback.extract_tb(error.__traceback__)
+        line = next((f":{call.lineno}" for call in reversed(calls) if call.filename.endswith(path)), "")
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{path}{line} fails for the experiment {entry.name!r}: {kind}{error}") from error
+    if not isinstance(experiment, Experiment):
+        raise UserError(f"{path}: {entry.function}() returns a {type(experiment).__name__}, not an Experiment")
+    return experiment

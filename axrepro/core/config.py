@@ -144,6 +144,11 @@ def _parse(text: str, hint, path: str):
     if origin in (Union, types.UnionType):
         if type(None) in args and text.lower() in ("none", "null"):
             return None
+        if str in args:  # it would take any text; a tuple beside it is given as it is printed
+            with contextlib.suppress(ValueError, SyntaxError):
+                value = _as_tuples(ast.literal_eval(text))
+                if isinstance(value, tuple) and _fits(value, hint):
+                    return value
         for arg in args:
             try:
                 return _parse(text, arg, path)
@@ -174,7 +179,7 @@ def _parse(text: str, hint, path: str):
         return text
     if hint in (int, float):
         try:
-            return hint(text.replace("_", "")) if hint is float else int(text.replace("_", ""))
+            return hint(text)  # underscores between digits are read as in Python
         except ValueError:
             pass
     raise wrong

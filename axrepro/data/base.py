@@ -5,7 +5,6 @@ layout of hosts sees the same batches. A source that can only stream overrides `
 """
 
 import operator
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from axrepro.core.sharding import Rules
-from axrepro.errors import UserError
+from axrepro.errors import UserError, require_sizes
 
 Split = Literal["train", "eval"]
+_FOREVER = 2**62  # an index that no run reaches, and to which a batch can be added in int64
 
 
 class Examples(ABC):
@@ -117,7 +117,7 @@ class IndexedBatches(Batches):
             raise UserError("the data has no examples, so there are no batches")
         self.examples = examples
         self._size = batch_size
-        self._end = sys.maxsize if epochs is None else epochs * len(examples)
+        self._end = _FOREVER if epochs is None else epochs * len(examples)
         self._next = 0
         self._arrays = {
             name: jax.ShapeDtypeStruct((batch_size, *empty.shape[1:]), empty.dtype)
@@ -157,7 +157,7 @@ class IndexedBatches(Batches):
             index = operator.index(value)
         except (AttributeError, TypeError, ValueError):
             name, value, index, more = None, None, -1, []
-        if name != "next_example" or more or index < 0 or isinstance(value, bool):
+        if name != "next_example" or more or not 0 <= index <= self._end or isinstance(value, bool):
             raise UserError(f'{position!r} is no data position; it is {{"next_example": N}} with N of 0 or more')
         self._next = index
 
@@ -173,8 +173,7 @@ class Data(ABC):
     batch_size: int
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise UserError(f"data.batch_size={self.batch_size}: a batch holds at least 1 example")
+        require_sizes(self, "batch_size")
 
     @abstractmethod
     def open(self, split: Split, seed: int) -> Examples:

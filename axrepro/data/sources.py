@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from axrepro.data.base import Split
-from axrepro.errors import UserError, nearest
+from axrepro.errors import UserError, nearest, require
 
 
 class Document(NamedTuple):
@@ -45,6 +45,9 @@ class _Entry(NamedTuple):
     read: Callable[[], bytes]
 
 
+_HOLDOUT = "N of 2 or more, which holds out about one document in N, or 0: none"
+
+
 def _split(entries: Iterable[_Entry], split: Split, holdout: int, what: str, remedy: str) -> Iterator[Document]:
     """The entries of a split. Raises UserError if either split is empty though documents were to be held out."""
     taken = {"train": 0, "eval": 0}
@@ -62,11 +65,6 @@ def _split(entries: Iterable[_Entry], split: Split, holdout: int, what: str, rem
         raise UserError(f"{what} has {count}, and with holdout={holdout} none is in the {empty} split; {remedy}")
 
 
-def _check_holdout(holdout: int):
-    if holdout < 0 or holdout == 1:
-        raise UserError(f"holdout={holdout}: N of 2 or more holds out about one document in N, and 0 none")
-
-
 def _read(path: str) -> bytes:
     try:
         with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
@@ -81,7 +79,8 @@ def _files(pattern: str | tuple[str, ...]) -> dict[str, str]:
     for one in (pattern,) if isinstance(pattern, str) else pattern:
         one = os.path.expanduser(one)
         base = Path(*itertools.takewhile(lambda part: not set(part) & set("*?["), Path(one).parts[:-1]))
-        matched = [path for path in glob.glob(one, recursive=True) if os.path.isfile(path)]
+        matched = glob.glob(one, recursive=True)
+        matched = [path for path in matched if os.path.isfile(path) or not os.path.exists(path)]  # broken links too
         if not matched:
             raise UserError(f"no file matches {one!r}" + ("" if os.path.isabs(one) else f" in {os.getcwd()}"))
         for path in matched:
@@ -105,7 +104,7 @@ class PythonStdlib(Source):
     holdout: int = 20
 
     def __post_init__(self):
-        _check_holdout(self.holdout)
+        require(self, "holdout", self.holdout == 0 or self.holdout > 1, _HOLDOUT)
 
     def documents(self, split: Split) -> Iterator[Document]:
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -138,7 +137,7 @@ class _Files(Source):
     eval_pattern: str | tuple[str, ...] | None = None
 
     def __post_init__(self):
-        _check_holdout(self.holdout)
+        require(self, "holdout", self.holdout == 0 or self.holdout > 1, _HOLDOUT)
 
     @abstractmethod
     def _entries(self, path: str, key: str) -> Iterator[_Entry]:
@@ -177,8 +176,7 @@ class TextFiles(_Files):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.separator == "":
-            raise UserError("separator='': it is at least one character, or None for one document per file")
+        require(self, "separator", self.separator != "", "at least one character, or None for one document per file")
 
     _remedy = (
         "give eval_pattern (files to evaluate on), or a separator that cuts files into more documents, or change the "

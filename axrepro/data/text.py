@@ -11,7 +11,7 @@ from axrepro.data.base import Data, Examples, Split
 from axrepro.data.shuffle import permutation
 from axrepro.data.sources import Document, Source
 from axrepro.data.vocabulary import Bytes, Vocabulary
-from axrepro.errors import UserError
+from axrepro.errors import UserError, require_sizes
 
 NAMES = ("tokens", "targets", "segment_ids", "positions")
 
@@ -178,13 +178,15 @@ class Text(Data):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.sequence_length < 1:
-            raise UserError(f"data.sequence_length={self.sequence_length}: a sequence holds at least 1 token")
+        require_sizes(self, "sequence_length")
 
     def open(self, split: Split, seed: int) -> PackedText:
         # the first batches of the eval split should be a fair sample of it, and the same whatever the seed of the run
         seed = seed if split == "train" else 0
-        return PackedText(self.source.documents(split), self.vocabulary, self.sequence_length, seed, self.shuffle)
+        text = PackedText(self.source.documents(split), self.vocabulary, self.sequence_length, seed, self.shuffle)
+        if not (stats := text.stats())["bytes"]:
+            raise UserError(f"all {stats['documents']} documents of {self.source} in the {split} split are empty")
+        return text
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         return {name: jax.ShapeDtypeStruct((self.batch_size, self.sequence_length), np.int32) for name in NAMES}

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from axrepro.errors import UserError, nearest
+from axrepro.errors import UserError, nearest, require, require_sizes
 
 Implementation = Literal["auto", "xla", "rows", "splash", "cudnn", "tokamax"]
 ContextParallel = Literal["gather", "ring"]
@@ -38,8 +38,8 @@ class Mask:
     window: int | None = None
 
     def __post_init__(self):
-        if self.window is not None and (self.window < 1 or not self.causal):
-            raise ValueError(f"window={self.window} must be at least 1 and needs causal=True")
+        require_sizes(self, "window")
+        require(self, "window", self.window is None or self.causal, "none where causal=False")
 
 
 def visible(

@@ -10,7 +10,7 @@ from axrepro.core.aux import Loss, Metric
 from axrepro.core.context import Context
 from axrepro.core.flops import Flops, train_flops
 from axrepro.core.interfaces import Method
-from axrepro.errors import UserError
+from axrepro.errors import UserError, require_not_negative, require_sizes
 from axrepro.losses.cross_entropy import chunked_cross_entropy
 from axrepro.models.causal_lm import CausalLM
 
@@ -30,6 +30,10 @@ class LanguageModel(Method):
     model: CausalLM
     z_weight: float = 0.0
     chunk: int | None = 512
+
+    def __post_init__(self):
+        require_not_negative(self, "z_weight")
+        require_sizes(self, "chunk")
 
     def specs(self) -> dict:
         return self.model.specs()

@@ -10,6 +10,7 @@ from axrepro.core.context import Context
 from axrepro.core.interfaces import Layer
 from axrepro.core.param import linear
 from axrepro.core.remat import tag
+from axrepro.errors import require_positive, require_sizes
 from axrepro.nn import Attention, Block, Embedding, FeedForward, Repeat, RMSNorm, RoPE
 from axrepro.nn.linear import matmul
 
@@ -32,6 +33,10 @@ class CausalLM:
     tied: bool = False
     embed_scale: float = 1.0
     logit_cap: float | None = None
+
+    def __post_init__(self):
+        require_sizes(self, "vocab_size", "dim")
+        require_positive(self, "embed_scale", "logit_cap")
 
     @property
     def _embed(self) -> Embedding:

@@ -10,7 +10,7 @@ from axrepro.core.context import Context
 from axrepro.core.interfaces import Layer
 from axrepro.core.param import linear, vector
 from axrepro.core.remat import tag
-from axrepro.errors import UserError
+from axrepro.errors import UserError, require, require_positive, require_sizes
 from axrepro.kernels.attention import Implementation, Mask, attention
 from axrepro.nn.linear import matmul
 from axrepro.nn.rope import RoPE
@@ -47,8 +47,10 @@ class Attention(Layer):
     implementation: Implementation = "auto"
 
     def __post_init__(self):
-        if self.num_heads % self.kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+        require_sizes(self, "num_heads", "num_kv_heads", "head_dim")
+        require_positive(self, "logit_cap")
+        divides = self.num_heads % self.kv_heads == 0
+        require(self, "num_kv_heads", divides, f"a divisor of num_heads={self.num_heads}")
         if self.cross and (self.rope is not None or self.mask.causal):
             raise ValueError("cross-attention takes rope=None and mask=Mask(causal=False)")
 

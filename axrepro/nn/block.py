@@ -11,7 +11,7 @@ from axrepro.core.context import Context
 from axrepro.core.interfaces import Layer
 from axrepro.core.param import stack
 from axrepro.core.remat import rematerialised, tag
-from axrepro.errors import UserError
+from axrepro.errors import UserError, is_number, require, require_sizes
 from axrepro.nn.dropout import dropout
 from axrepro.nn.feed_forward import FeedForward
 from axrepro.nn.norm import RMSNorm
@@ -32,6 +32,9 @@ class Block(Layer):
     norm: Layer | None = RMSNorm()
     post_norm: Layer | None = None
     dropout: float = 0.0
+
+    def __post_init__(self):
+        require(self, "dropout", is_number(self.dropout) and 0 <= self.dropout < 1, "a number in [0, 1)")
 
     def _norms(self, branch: str) -> dict[str, Layer]:
         norms = {f"{branch}_norm": self.norm, f"{branch}_post_norm": self.post_norm}
@@ -99,8 +102,7 @@ class Repeat(Layer):
     unroll: int = 1
 
     def __post_init__(self):
-        if self.times < 1 or self.unroll < 1:
-            raise UserError(f"Repeat takes times={self.times} and unroll={self.unroll} of at least 1")
+        require_sizes(self, "times", "unroll")
 
     def specs(self, dim: int) -> dict:
         return stack(self.layer.specs(dim), self.times, "layers")

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from axrepro.core.context import Context
 from axrepro.core.interfaces import Layer
 from axrepro.core.param import Normal, Param
+from axrepro.errors import require_positive, require_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,10 @@ class Embedding(Layer):
     std: float | None = None
     scale: float = 1.0
     tied: bool = False
+
+    def __post_init__(self):
+        require_sizes(self, "vocab_size")
+        require_positive(self, "std", "scale")
 
     def specs(self, dim: int) -> dict:
         init = Normal(dim**-0.5 if self.std is None else self.std)

@@ -12,6 +12,7 @@ from axrepro.core.context import Context
 from axrepro.core.interfaces import Layer
 from axrepro.core.param import linear, vector
 from axrepro.core.remat import tag
+from axrepro.errors import require_sizes
 from axrepro.nn.linear import matmul
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"]
@@ -36,6 +37,9 @@ class FeedForward(Layer):
     act: Activation = "silu"
     gated: bool = True
     bias: bool = False
+
+    def __post_init__(self):
+        require_sizes(self, "hidden")
 
     def specs(self, dim: int) -> dict:
         inner = {"up": linear((dim, self.hidden), ("embed", "mlp"), fan_in=dim)}

@@ -23,7 +23,7 @@ from axrepro.core.context import Context
 from axrepro.core.interfaces import Layer
 from axrepro.core.param import linear, stack
 from axrepro.core.remat import tag
-from axrepro.errors import UserError
+from axrepro.errors import UserError, require_not_negative, require_positive, require_sizes
 
 
 @jax.tree_util.register_dataclass
@@ -82,8 +82,12 @@ class TopK(Router):
     balance_over: Literal["first", "all"] = "first"
     z_weight: float = 0.001
 
+    def __post_init__(self):
+        require_sizes(self, "k")
+        require_not_negative(self, "balance_weight", "z_weight")
+
     def specs(self, dim: int, num_experts: int) -> dict:
-        if not 1 <= self.k <= num_experts:
+        if self.k > num_experts:
             raise UserError(
                 f"top-k routing with k={self.k} needs at least as many experts, not num_experts={num_experts}"
             )
@@ -173,6 +177,10 @@ class MoE(Layer):
     eval_capacity_factor: float | None = None
     group_size: int | None = None
     dispatch: Dispatch = "auto"
+
+    def __post_init__(self):
+        require_sizes(self, "num_experts", "group_size")
+        require_positive(self, "capacity_factor", "eval_capacity_factor")
 
     def specs(self, dim: int) -> dict:
         active = self.router.active_fraction(self.num_experts)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from axrepro.core.context import Context
 from axrepro.core.interfaces import Layer
 from axrepro.core.param import vector
+from axrepro.errors import require_not_negative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,9 @@ class RMSNorm(Layer):
     """x / sqrt(mean(x^2) + eps) * scale (arXiv:1910.07467, Eq. 4); the scale starts at 1."""
 
     eps: float = 1e-6
+
+    def __post_init__(self):
+        require_not_negative(self, "eps")
 
     def specs(self, dim: int) -> dict:
         return {"scale": vector((dim,), (None,), 1.0)}
@@ -32,6 +36,9 @@ class LayerNorm(Layer):
 
     eps: float = 1e-5
     bias: bool = True
+
+    def __post_init__(self):
+        require_not_negative(self, "eps")
 
     def specs(self, dim: int) -> dict:
         scale = {"scale": vector((dim,), (None,), 1.0)}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from axrepro.errors import UserError
+from axrepro.errors import UserError, is_number, require, require_positive, require_sizes
 
 
 class RopeScaling(ABC):
@@ -29,6 +29,9 @@ class LinearScaling(RopeScaling):
 
     factor: float
 
+    def __post_init__(self):
+        require_positive(self, "factor")
+
     def frequencies(self, frequencies, base, dim):
         return frequencies / self.factor
 
@@ -46,6 +49,12 @@ class Llama3Scaling(RopeScaling):
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
     original_length: int = 8192
+
+    def __post_init__(self):
+        require_positive(self, "factor", "low_frequency_factor", "high_frequency_factor")
+        require_sizes(self, "original_length")
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        require(self, "high_frequency_factor", high > low, f"a number above low_frequency_factor={low}")
 
     def frequencies(self, frequencies, base, dim):
         turns = self.original_length * frequencies / (2 * math.pi)  # rotations within the original context
@@ -67,6 +76,11 @@ class YarnScaling(RopeScaling):
     original_length: int
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+
+    def __post_init__(self):
+        require_positive(self, "factor", "beta_fast", "beta_slow")
+        require_sizes(self, "original_length")
+        require(self, "beta_fast", self.beta_fast > self.beta_slow, f"a number above beta_slow={self.beta_slow}")
 
     def frequencies(self, frequencies, base, dim):
         def dimension(turns):  # where plain RoPE makes this many rotations in the original context
@@ -94,6 +108,10 @@ class RoPE:
     base: float = 10_000.0
     fraction: float = 1.0
     scaling: RopeScaling | None = None
+
+    def __post_init__(self):
+        require(self, "base", is_number(self.base) and self.base > 1, "a number above 1")
+        require(self, "fraction", is_number(self.fraction) and 0 < self.fraction <= 1, "a number in (0, 1]")
 
     def frequencies(self, head_dim: int) -> np.ndarray:
         """Radians per position of each pair, float64[rotated / 2]."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import optax
 
+from axrepro.errors import is_number, require
 from axrepro.optim.optimizer import (
     Decay,
     Single,
@@ -13,7 +14,6 @@ from axrepro.optim.optimizer import (
     require_decay,
     require_fraction,
 )
-from axrepro.optim.schedule import is_number, require
 
 
 @dataclass(frozen=True, kw_only=True)

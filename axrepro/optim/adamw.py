@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import optax
 
+from axrepro.errors import is_number, require
 from axrepro.optim.optimizer import Decay, Single, decay_per_rate, in_float32, require_decay, require_fraction
-from axrepro.optim.schedule import is_number, require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from axrepro.errors import require
 from axrepro.optim.optimizer import require_choice, require_fraction
-from axrepro.optim.schedule import Span, require, require_fits, require_span, span_steps
+from axrepro.optim.schedule import Span, require_fits, require_span, span_steps
 
 
 @dataclass(frozen=True, kw_only=True)

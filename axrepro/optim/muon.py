@@ -8,7 +8,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from axrepro.core.param import Param
 from axrepro.core.tree import flatten, map_tree
-from axrepro.errors import UserError
+from axrepro.errors import UserError, is_number, require
 from axrepro.optim.optimizer import (
     Decay,
     Single,
@@ -18,7 +18,6 @@ from axrepro.optim.optimizer import (
     require_decay,
     require_fraction,
 )
-from axrepro.optim.schedule import is_number, require
 
 
 def matrix_dims(spec: Param) -> MuonDimensionNumbers | None:

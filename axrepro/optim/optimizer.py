@@ -27,8 +27,8 @@ import optax
 
 from axrepro.core.param import Param
 from axrepro.core.tree import flatten, map_tree, matches
-from axrepro.errors import UserError, located
-from axrepro.optim.schedule import Schedule, is_number, require
+from axrepro.errors import UserError, is_number, located, require
+from axrepro.optim.schedule import Schedule
 
 Decay = Literal["coupled", "decoupled"]
 MomentDtype = Literal["float32", "bfloat16"]

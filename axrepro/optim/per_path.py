@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import optax
 
 from axrepro.core.tree import flatten, map_tree, select
-from axrepro.errors import UserError, located
+from axrepro.errors import UserError, located, require
 from axrepro.optim.optimizer import Optimizer, are_pairs, check_globs, first_match
-from axrepro.optim.schedule import require
 
 
 @dataclass(frozen=True, kw_only=True)

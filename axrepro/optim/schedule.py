@@ -5,28 +5,16 @@ the peak at step `warmup`, so the first update of a run with warm-up moves nothi
 reaches its floor at step `steps`, one after the last update. Both are optax's conventions.
 """
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 import optax
 
-from axrepro.errors import UserError
+from axrepro.errors import UserError, is_number, require
 
 Span = int | float
 """Part of a run: below 1 a share of all its steps, from 1 on a whole number of steps."""
-
-
-def require(node, name: str, allowed: bool, takes: str) -> None:
-    """Raises UserError for the field `name` of `node` unless its value is allowed."""
-    if not allowed:
-        raise UserError(f"{type(node).__name__}.{name}={getattr(node, name)!r}: it takes {takes}")
-
-
-def is_number(value) -> bool:
-    """Whether `value` is a finite int or float; True and False are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _require_rate(node, name: str) -> None:

@@ -14,6 +14,8 @@ from axrepro.errors import UserError
 from axrepro.train.state import TrainState
 from axrepro.train.workdir import Workdir
 
+_ITEMS = ("params", "opt_state", "train", "average")
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -48,6 +50,7 @@ class Checkpoints:
         self.folder = workdir.checkpoints
         self._pending: int | None = None
         logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every detail of a save
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and each of its tasks that a failed one leaves behind
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every,
@@ -57,9 +60,9 @@ class Checkpoints:
             enable_async_checkpointing=not read_only,
         )
         try:
-            handlers: dict[str, ocp.CheckpointHandler] = {
-                name: ocp.StandardCheckpointHandler() for name in ("params", "opt_state", "train", "average")
-            }
+            if self.folder.exists() and not self.folder.is_dir():
+                raise NotADirectoryError("it is a file; move it away")
+            handlers: dict[str, ocp.CheckpointHandler] = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
             handlers["data"] = ocp.JsonCheckpointHandler()
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         except (OSError, ValueError) as error:
@@ -113,6 +116,7 @@ class Checkpoints:
           UserError: if there is none, it is damaged, or it is of another model or optimizer. The disk stays as it is.
         """
         step = self._existing(step)
+        self._check_items(step)
         self._check_average(step, abstract)
         out = self._restore(step, _items(abstract), data=ocp.args.JsonRestore())
         key = jax.jit(jax.random.wrap_key_data, out_shardings=abstract.key.sharding)(out["train"]["key"])
@@ -163,6 +167,14 @@ class Checkpoints:
             have = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
             raise UserError(f"no checkpoint {'' if step is None else f'{step} '}in {self.folder}; {have}")
         return step
+
+    def _check_items(self, step: int) -> None:
+        folder = self.folder / str(step)
+        if unknown := sorted({path.name for path in folder.iterdir() if path.is_dir()} - {*_ITEMS, "data"}):
+            raise UserError(
+                f"checkpoint {folder} has the item {unknown[0]!r}, which this version does not know and would lose; go "
+                "on with the version that wrote it (config.json beside it), or use a new --workdir"
+            )
 
     def _check_average(self, step: int, abstract: TrainState) -> None:
         folder = self.folder / str(step)

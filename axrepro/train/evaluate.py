@@ -16,7 +16,10 @@ class Evaluator:
     def __init__(self, program: Program):
         self._program = program
         self._step = jax.jit(functools.partial(eval_step, program), out_shardings=program.replicated)
-        self._data: Batches | None = None
+        self._data: Batches = program.experiment.data.batches(
+            "eval", program.experiment.train.seed, program.run_mesh, program.experiment.rules
+        )
+        self._start = self._data.position()
 
     def __call__(self, params: dict, average: dict, batches: int | None) -> dict[str, float]:
         """The means by name, each with "eval/" in front; of the first `batches` batches, or of the whole split.
@@ -34,12 +37,7 @@ class Evaluator:
         return scalars
 
     def _means(self, params: dict, batches: int | None) -> dict[str, float]:
-        experiment, sums = self._program.experiment, {}
-        if self._data is None:
-            self._data = experiment.data.batches(
-                "eval", experiment.train.seed, self._program.run_mesh, experiment.rules
-            )
-            self._start = self._data.position()
+        sums = {}
         self._data.seek(self._start)
         for batch in itertools.islice(self._data, batches):
             for name, parts in jax.device_get(self._step(params, batch)).items():

@@ -9,14 +9,8 @@ from axrepro.core.interfaces import Method
 from axrepro.core.products import Products
 from axrepro.core.sharding import MeshShape, Rules
 from axrepro.data import Data
-from axrepro.errors import UserError
+from axrepro.errors import UserError, require, require_sizes
 from axrepro.optim import Average, Optimizer
-
-
-def _at_least(minimum: int, **values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < minimum:
-            raise UserError(f"{name}={value} must be at least {minimum}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +50,8 @@ class Train:
     compilation_cache: str | None = None
 
     def __post_init__(self):
-        _at_least(
-            1, **{f"train.{n}": getattr(self, n) for n in ("steps", "log_every", "grad_accumulation", "max_skips")}
-        )
+        require_sizes(self, "steps", "log_every", "grad_accumulation", "max_skips")
+        require(self, "seed", 0 <= self.seed < 2**32, "a whole number from 0 to 4294967295")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +68,7 @@ class Checkpointing:
     keep_every: int | None = None
 
     def __post_init__(self):
-        _at_least(1, **{f"checkpoint.{n}": getattr(self, n) for n in ("every", "keep", "keep_every")})
+        require_sizes(self, "every", "keep", "keep_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +87,7 @@ class Evaluation:
     raw: bool = False
 
     def __post_init__(self):
-        _at_least(1, **{"eval.every": self.every, "eval.batches": self.batches})
+        require_sizes(self, "every", "batches")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +106,7 @@ class Diagnostics:
     statistics_every: int | None = None
 
     def __post_init__(self):
-        names = ("profile_at", "profile_steps", "statistics_every")
-        _at_least(1, **{f"diagnostics.{name}": getattr(self, name) for name in names})
+        require_sizes(self, "profile_at", "profile_steps", "statistics_every")
 
 
 @dataclass(frozen=True)

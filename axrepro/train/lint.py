@@ -82,6 +82,12 @@ def lint(
     for entry in experiment.allow:
         if (kind := entry.partition(":")[0]) not in KINDS:
             raise UserError(f"allow={entry!r} names no kind of finding; {nearest(kind, KINDS)}")
+    if (accumulation := experiment.train.grad_accumulation) > 1:
+        rows = experiment.data.batch_size // accumulation
+        try:
+            experiment.rules.spec(("batch",), (rows,), sizes)
+        except UserError as error:
+            raise UserError(f"train.grad_accumulation={accumulation} leaves {rows} rows at a time: {error}") from None
     program = Program(experiment, mesh=None, platform="cpu")
     for path, spec in flatten(program.specs).items():
         try:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 
@@ -49,7 +50,16 @@ def build_program(experiment: Experiment) -> Program:
     shapes = {name: array.shape for name, array in experiment.data.abstract().items()}
     experiment.method.check(shapes, experiment.data.vocab_size)
     _ = program.shardings  # rules and mesh fit the parameters
+    if options := _compiler_options(experiment):
+        try:
+            jax.jit(lambda: 0).lower().compile(options)
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError(f"train.compiler_options={experiment.train.compiler_options!r}: {error}") from None
     return program
+
+
+def _compiler_options(experiment: Experiment) -> dict[str, str | bool] | None:
+    return dict(experiment.train.compiler_options) or None
 
 
 def train(experiment: Experiment, workdir: Workdir, name: str) -> Outcome:
@@ -66,12 +76,18 @@ def train(experiment: Experiment, workdir: Workdir, name: str) -> Outcome:
     program = build_program(experiment)
     on_first(lambda: check_workdir(workdir, name))
     if settings.compilation_cache:
+        if "://" not in settings.compilation_cache:
+            try:
+                Path(settings.compilation_cache).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"train.compilation_cache={settings.compilation_cache!r}: {error}") from None
         jax.config.update("jax_compilation_cache_dir", settings.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1)
     checkpoints = Checkpoints(workdir, experiment.checkpoint.keep, experiment.checkpoint.keep_every)
     batches = prefetch(experiment.data.batches("train", settings.seed, program.run_mesh, experiment.rules))
     diagnosis = Diagnosis(program, workdir)
     try:
+        evaluate = Evaluator(program)  # before the first step: held-out data that is missing ends no finished run
         resumed_from = checkpoints.latest_step()
         if resumed_from is None:
             state = first_state(program)
@@ -80,13 +96,19 @@ def train(experiment: Experiment, workdir: Workdir, name: str) -> Outcome:
                 raise UserError(f"{workdir.address} is at step {resumed_from}, beyond train.steps={settings.steps}")
             saved = checkpoints.restore(program.abstract_state)
             state = saved.state
-            batches.seek(saved.data_position)
+            try:
+                batches.seek(saved.data_position)
+            except UserError as error:
+                raise UserError(
+                    f"checkpoint {checkpoints.folder / str(resumed_from)}: {error}; use the data it was made with, "
+                    "or a new --workdir"
+                ) from None
         # only now, when the checkpoint has turned out to fit
-        on_first(lambda: record_config(workdir, name, experiment))
         writers = on_first(lambda: Writers(workdir, resumed_from or 0, settings.steps)) or Silent()
         try:
+            on_first(lambda: record_config(workdir, name, experiment))
             with Preemption() as preemption:
-                state, scalars = _run(program, state, batches, checkpoints, writers, preemption, diagnosis)
+                state, scalars = _run(program, state, batches, evaluate, checkpoints, writers, preemption, diagnosis)
         finally:
             diagnosis.close()
             writers.close()
@@ -116,18 +138,17 @@ def compile_step(program: Program, batch: dict):
     """The train step, compiled ahead of its first use: it cannot be compiled twice. The state is donated."""
     out_shardings = (program.shardings, program.replicated)
     jitted = jax.jit(functools.partial(train_step, program), donate_argnums=0, out_shardings=out_shardings)
-    options: dict[str, str | bool] = dict(program.experiment.train.compiler_options)
-    return jitted.lower(program.abstract_state, batch).compile(options or None)
+    return jitted.lower(program.abstract_state, batch).compile(_compiler_options(program.experiment))
 
 
 def _run(
-    program, state, batches: Batches, checkpoints, writers, preemption, diagnosis: Diagnosis
+    program, state, batches: Batches, evaluate: Evaluator, checkpoints, writers, preemption, diagnosis: Diagnosis
 ) -> tuple[TrainState[jax.Array], dict[str, float]]:
     experiment, settings = program.experiment, program.experiment.train
     step = int(state.step)
     if step == settings.steps:
         writers.say(f"already complete at step {step}")
-    rollout, evaluate = _rollout(program), Evaluator(program)
+    rollout = _rollout(program)
     skipped = lambda step, text: writers.note(step, "skipped", f"skipped: {text}")
     monitor, meter = Monitor(settings, diagnosis.search, skipped), Meter(program, step)
     step_fn, scalars = None, {}

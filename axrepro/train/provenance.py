@@ -47,9 +47,11 @@ def check_workdir(workdir: Workdir, name: str) -> None:
         old = json.loads(path.read_text()) if path.exists() else None
         if not os.access(folder, os.W_OK):
             raise PermissionError("no permission to write")
-    except (OSError, json.JSONDecodeError) as error:
+        if old is not None and not (isinstance(old, dict) and isinstance(old.get("config", {}), dict)):
+            raise ValueError("is no record of a run")
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot use the workdir {workdir.address}: {path.name if path.exists() else ''} {error}"
+            f"cannot use the workdir {workdir.address}: {path.name if path.exists() else ''} {error}; choose another"
         ) from None
     if old is not None and old.get("experiment") != name:
         raise UserError(

@@ -1,5 +1,6 @@
 """Where a run lives: a folder, or a bucket (gs://, s3://) whose small files are written through a local copy."""
 
+import re
 import sys
 import tempfile
 import time
@@ -39,9 +40,10 @@ class Workdir:
         self._bucket: epath.Path | None = None
         try:
             self.local = Path(address).expanduser().absolute()
-        except RuntimeError as error:
+            self.local.exists()
+        except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"cannot use the workdir {address}: {error}") from None
-        if "://" in address:
+        if re.match(r"\w+:/", address):
             if not address.startswith(_BUCKETS):
                 raise UserError(f"cannot use the workdir {address}: give a folder, or one of {', '.join(_BUCKETS)}")
             self.local = Path(tempfile.mkdtemp(prefix="axrepro-"))

@@ -51,18 +51,25 @@ def read_metrics(path: Path) -> list[dict]:
     Raises:
       UserError: for a damaged line elsewhere.
     """
-    lines = path.read_text().split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({error}); move it away to go on without its history") from None
     out = []
     for number, line in enumerate(lines):
         if not line.strip():
             continue
         try:
-            out.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
-            if number < len(lines) - 1:
-                raise UserError(
-                    f"{path}:{number + 1} is no JSON; move the file away to go on without its history"
-                ) from None
+            if number == len(lines) - 1:
+                break
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise UserError(
+                f"{path}:{number + 1} is no record of a step; move the file away to go on without its history"
+            )
+        out.append(record)
     return out
 
 
@@ -99,6 +106,10 @@ class Writers:
         from tensorboardX import SummaryWriter
 
         self._workdir, self._folder = workdir, workdir.local
+        try:
+            (self._folder / "events").mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {self._folder / 'events'}: {error}") from None
         self._file = MetricsFile(self._folder / "metrics.jsonl", after_step)
         self._events = SummaryWriter(str(self._folder / "events"), purge_step=after_step + 1)
         self._steps = steps

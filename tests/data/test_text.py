@@ -147,7 +147,7 @@ def test_abstract_describes_the_arrays_without_reading_data():
 @pytest.mark.parametrize("field", ["batch_size", "sequence_length"])
 def test_sizes_below_one_are_refused_by_name(field):
     data = Text(batch_size=6, sequence_length=16, source=PythonStdlib())
-    with pytest.raises(UserError, match=rf"data\.{field}=0"):
+    with pytest.raises(UserError, match=rf"Text\.{field}=0"):
         override(data, {field: "0"})
 
 

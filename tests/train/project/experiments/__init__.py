@@ -1,0 +1,1 @@
+"""Experiments of somebody else's project, for tests."""
