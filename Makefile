@@ -38,7 +38,7 @@ test-slow: .venv/dev.stamp  ## the long tests
 
 ONLY ?= golden
 goldens: .venv/dev.stamp  ## write the golden files anew (of one file: ONLY=FILE); git diff shows what changed
-	@$(BIN)/python -m pytest tests/experiments -k "golden and $(ONLY)" --goldens
+	@$(BIN)/python -m pytest tests/experiments -n 2 --dist loadgroup -k "golden and $(ONLY)" --goldens
 
 bench: .venv/dev.stamp  ## step and start-up beside transformers and flax.linen, under ten minutes on two idle cores
 	@$(BIN)/python -m benchmarks

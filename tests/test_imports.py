@@ -83,4 +83,4 @@ print(code, {HEAVY}, peak < 1e9)
 """
     lines = output(code).splitlines()
     assert lines[-1] == "0 [] True"
-    assert any(line.startswith("parameters      339,8") for line in lines)
+    assert any(line.startswith("parameters       339,8") for line in lines)

@@ -46,10 +46,12 @@ def _text_sample(experiment) -> str:
 def main(argv: Sequence[str] = ()) -> int:
     """Trains, compares and reports; returns 0 if the result lies in the band. Arguments go to the launcher."""
     from axrepro import launch, registry
+    from axrepro.data import PythonStdlib, Text
     from axrepro.train.writers import read_metrics
 
     started = time.perf_counter()
     experiment = registry.load(registry.find("moe_tiny", registry.index()))
+    assert isinstance(experiment.data, Text) and isinstance(experiment.data.source, PythonStdlib)
     cached = WORKDIR / "yardsticks.json"
     with ProcessPoolExecutor(1) as pool:
         pending = None if cached.exists() else pool.submit(_yardsticks, experiment.data.source.holdout)

@@ -123,7 +123,7 @@ def overflowing() -> Experiment:
 
 
 def test_a_step_that_is_not_finite_stops_the_run_and_names_the_first_tensor(tmp_path):
-    with pytest.raises(NotFiniteError, match=r"step 2 is not finite: first '.+', \d+ of \d+ tensors"):
+    with pytest.raises(NotFiniteError, match=r"step 2 is not finite: '.+', \d+ of \d+ tensors"):
         train(overflowing(), Workdir(str(tmp_path)), "stops")
     saved = list((tmp_path / "checkpoints").iterdir()) if (tmp_path / "checkpoints").exists() else []
     assert saved == []
