@@ -51,7 +51,8 @@ def main(argv: Sequence[str] = ()) -> int:
 
     started = time.perf_counter()
     experiment = registry.load(registry.find("moe_tiny", registry.index()))
-    assert isinstance(experiment.data, Text) and isinstance(experiment.data.source, PythonStdlib)
+    assert isinstance(experiment.data, Text)
+    assert isinstance(experiment.data.source, PythonStdlib)
     cached = WORKDIR / "yardsticks.json"
     with ProcessPoolExecutor(1) as pool:
         pending = None if cached.exists() else pool.submit(_yardsticks, experiment.data.source.holdout)
