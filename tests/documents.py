@@ -7,6 +7,7 @@
 - ```` ```text ```` must come out of the command before it, line by line; `…` stands for anything.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,12 @@ def steps(page: Path) -> list[Step]:
 
 def _works(command: str) -> bool:
     return "--experiment=" in command and "--mode=describe" not in command
+
+
+def environment() -> dict[str, str]:
+    """What the commands run in: this environment, with programs that compile fast, since they run for moments."""
+    plain = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    return plain | {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 def left_out(page: Path) -> list[str]:

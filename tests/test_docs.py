@@ -1,6 +1,5 @@
 """Every page does what it says: its files are written, its commands run, its output comes."""
 
-import os
 import re
 import shlex
 import shutil
@@ -9,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from documents import left_out, steps
+from documents import environment, left_out, steps
 
 from axrepro.train.lint import KINDS
 
@@ -37,7 +36,7 @@ def checkout(tmp_path):
 
 
 def _run(words: list[str], folder: Path) -> str:
-    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    env = environment()
     done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout

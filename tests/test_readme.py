@@ -1,11 +1,12 @@
 """The README keeps its promises: its code runs, and its map is the tree. Its commands: test_docs.py."""
 
-import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+from documents import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -16,7 +17,7 @@ def run(folder, command: str, *extra: str) -> str:
     """What a command prints, run in `folder`; `python` is this one."""
     words = shlex.split(command)
     assert words[0] == "python"
-    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    env = environment()
     arguments = [sys.executable, *words[1:], *extra]
     done = subprocess.run(arguments, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -78,7 +78,7 @@ class Sequence(Layer):
     def specs(self, dim: int) -> dict:
         return {str(i): layer.specs(dim) for i, layer in enumerate(self.layers)}
 
-    def apply(self, params: dict, x: Float[Array, "B T D"], ctx: Context) -> tuple[Float[Array, "B T D"], dict]:
+    def apply(self, params: dict, x: Float[Array, "*B D"], ctx: Context) -> tuple[Float[Array, "*B D"], dict]:
         aux = {}
         for i, layer in enumerate(self.layers):
             with jax.named_scope(str(i)):
@@ -107,7 +107,7 @@ class Repeat(Layer):
     def specs(self, dim: int) -> dict:
         return stack(self.layer.specs(dim), self.times, "layers")
 
-    def apply(self, params: dict, x: Float[Array, "B T D"], ctx: Context) -> tuple[Float[Array, "B T D"], dict]:
+    def apply(self, params: dict, x: Float[Array, "*B D"], ctx: Context) -> tuple[Float[Array, "*B D"], dict]:
         unroll = min(self.unroll, self.times)
         inner = ctx.replace(in_scan=ctx.in_scan or unroll < self.times)
 

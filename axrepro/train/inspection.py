@@ -8,6 +8,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ class Look:
     kind: str = field(metadata={"static": True})
     name: str = field(metadata={"static": True})
     position: Position = field(metadata={"static": True})
-    seen: dict[str, jax.Array]
+    seen: dict[str, Any]  # arrays, or what stands for them
 
 
 def _look(x: jax.Array, stacked: int = 0) -> dict[str, jax.Array]:

@@ -92,6 +92,19 @@ class Silent:
         """Nothing."""
 
 
+def _summary_writer() -> type:
+    """tensorboardX's writer, which would import torch where that is installed: seconds, for types not used here."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # pyrefly: ignore[unsupported-operation]  # what Python takes for "there is none"
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
+
+
 class Writers:
     """All outputs of a run, written by its first process."""
 
@@ -103,15 +116,13 @@ class Writers:
           UserError: if the metrics of an earlier start cannot be read.
         """
         self._bar = None
-        from tensorboardX import SummaryWriter
-
         self._workdir, self._folder = workdir, workdir.local
         try:
             (self._folder / "events").mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to {self._folder / 'events'}: {error}") from None
         self._file = MetricsFile(self._folder / "metrics.jsonl", after_step)
-        self._events = SummaryWriter(str(self._folder / "events"), purge_step=after_step + 1)
+        self._events = _summary_writer()(str(self._folder / "events"), purge_step=after_step + 1)
         self._steps = steps
         if 0 < after_step < steps:
             self.note(after_step, "resumed", f"resumed from step {after_step}")

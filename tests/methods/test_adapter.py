@@ -39,7 +39,7 @@ ADAPTED = LoRA(method=language_model(), rank=2, alpha=6.0)
 
 
 def batch() -> dict:
-    tokens = np.random.default_rng(0).integers(0, VOCAB, (2, ROWS, LENGTH), np.int32)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, ROWS, LENGTH), np.int32))
     return {"tokens": tokens[0], "targets": tokens[1]}
 
 

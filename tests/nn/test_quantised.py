@@ -166,7 +166,7 @@ def batch(step: int = 0) -> dict:
     for t in range(LENGTH):
         noise = rng.random(ROWS) < 1 / 8
         tokens[:, t + 1] = np.where(noise, rng.integers(0, VOCAB, ROWS), (5 * tokens[:, t] + 7) % VOCAB)
-    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+    return {"tokens": jnp.asarray(tokens[:, :-1]), "targets": jnp.asarray(tokens[:, 1:])}
 
 
 @cache
@@ -209,14 +209,14 @@ def test_exact_products_are_the_plain_ones():
         assert str(jax.make_jaxpr(ours)(x, w)) == expected
 
 
-def test_names_that_do_not_exist_are_errors():
+def test_names_that_do_not_exist_are_errors(unchecked):
     with pytest.raises(UserError, match="unknown format of products 'int4'; did you mean 'int8'"):
         Products(format="int4")
     with pytest.raises(UserError, match="unknown part 'expert'; did you mean 'experts'"):
         Products(format="int8", parts=("expert",))
 
 
-def test_the_choice_is_a_setting_of_the_run_and_reaches_evaluation_too():
+def test_the_choice_is_a_setting_of_the_run_and_reaches_evaluation_too(unchecked):
     settings = override(Train(steps=1), {"products.format": "int8", "products.parts": "ffn,experts"})
     program = Program(SimpleNamespace(train=settings, rules=Rules()), mesh=None, platform="cpu")
     for train in (True, False):

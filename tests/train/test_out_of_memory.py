@@ -3,7 +3,7 @@
 import jax
 import pytest
 from faults import experiment, set_up
-from runs import SMALL
+from launched import SMALL
 
 from axrepro import launch as launcher
 from axrepro.train.loop import compile_step

@@ -8,7 +8,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from runs import ROOT, command, environment, launch, losses, params_of, start, stop_at
+from launched import ROOT, command, environment, launch, losses, params_of, start, stop_at
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from functools import cache
 import jax
 import numpy as np
 import pytest
-from runs import ROOT
+from launched import ROOT
 
 from axrepro.core import MeshShape, make_mesh
 from axrepro.core.config import override
