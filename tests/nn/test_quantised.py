@@ -331,6 +331,7 @@ def trained(kind: str, steps: int = 120) -> float:
     return float(np.mean(losses[-20:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TYPES)
 def test_training_ends_where_exact_training_does(kind):
     assert trained("exact") < 2.0 < np.log(VOCAB) / 1.5
