@@ -34,7 +34,8 @@ def test_the_experiment_and_its_mixture_run(tmp_path):
     (tmp_path / "data").mkdir()
     for i in range(60):
         (tmp_path / "data" / f"{i}.txt").write_text(f"Document {i}. " + "Some text to learn from. " * 40)
-    short = ("--method.model.dim=32", "--method.model.layers.times=2", "--train.steps=4", "--data.batch_size=4")
+    short = ("--method.model.dim=32", "--method.model.layers.times=2", "--train.steps=4", "--data.batch_size=4",
+             "--data.sequence_length=64")  # fmt: skip
     out = run(tmp_path, "python -m axrepro.launch --experiment=my_moe", *short)
     assert "complete at step 4" in out
     listed = run(tmp_path, "python -m axrepro.launch --list")
