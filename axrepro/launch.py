@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mode", choices=MODES, default="train", help="default: train; it resumes where it stopped")
     parser.add_argument("--list", action="store_true", help="print the experiments and what they are")
     parser.add_argument("--devices", type=int, metavar="N", help="emulate N CPU devices (per process)")
-    parser.add_argument("--topology", metavar="SLICE", help="describe for this slice, such as v5p-1024")
+    parser.add_argument("--topology", metavar="SLICE", help="describe for this slice, such as v5p-1024 or v5p:8x8x8")
     parser.add_argument("--explain", metavar="PATH", help="describe where the value of a field, or a group, comes from")
     parser.add_argument("--diff", metavar="OTHER", help="describe how OTHER differs: fields, parameters, FLOPs, bytes")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where it is not detected")
