@@ -202,6 +202,11 @@ def differences(ours, theirs) -> float:
 
 def collectives(tpu: str | None) -> None:
     """Prints the tables of `benchmarks.moe_collectives`, whose eight devices need a process of their own."""
+    say(
+        "Bytes that each device moves in a forward and backward pass, read from the compiled programs. Formula: "
+        "T cf D / e numbers in each of four all-to-alls, and T D in each of two gathers and two sums. What travels of "
+        "ragged exchanges depends on the routing: shown is the room at the receivers.\n"
+    )
     for arguments in ((), *([(f"--tpu={tpu}",)] if tpu else [])):
         command = [sys.executable, "-m", "benchmarks.moe_collectives", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -19,6 +19,7 @@ from axrepro.errors import UserError, located, nearest
 
 T = TypeVar("T")
 CLASS = "class_"  # the key of a ConfigDict that holds the class name of the dataclass it came from
+_REPLACE = "put another value in its place in the experiment's file"
 
 
 @cache
@@ -92,6 +93,8 @@ def _rebuild(template, values: dict[str, Any], path: str) -> Any:
 
 def _unknown_field(node, name: str, path: str) -> UserError:
     kind = type(node).__name__ + (f" (at {path})" if path else "")
+    if not _children(node):
+        return UserError(f"{kind} has no field {name!r}, nor any other; {_REPLACE}")
     return UserError(f"{kind} has no field {name!r}; {nearest(name, _children(node))}")
 
 
@@ -229,9 +232,8 @@ def override(tree: T, assignments: Mapping[str, Any]) -> T:
             here = here[name]
         if _is_branch(old):
             names = ", ".join(f"{path}.{name}" for name in list(_children(old))[:4])
-            raise UserError(
-                f"{path} is a {type(old).__name__}, which has no single value; set one of its fields: {names}"
-            )
+            fix = f"set one of its fields: {names}" if names else _REPLACE
+            raise UserError(f"{path} is a {type(old).__name__}, which has no single value; {fix}")
         hint = _hints(type(node))[last] if _is_node(node) else type(old)
         value = _parse(value, hint, path) if isinstance(value, str) else _checked(value, hint, path)
         with here.ignore_type():  # the annotation was checked just now; ConfigDict knows only the old value's type

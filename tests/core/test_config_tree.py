@@ -125,6 +125,22 @@ def test_a_wrong_override_is_an_error_that_says_what_is_right(assignment, messag
         override(Outer(), assignment)
 
 
+@dataclass(frozen=True)
+class Plain:
+    """Without fields."""
+
+
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [("optional", "optional is a Plain, which has no single value"),
+     ("optional.rate", r"Plain \(at optional\) has no field 'rate', nor any other")],
+)  # fmt: skip
+def test_what_has_no_fields_can_be_replaced_in_the_file_alone(path, fault):
+    tree = replace(Outer(), optional=Plain())
+    with pytest.raises(UserError, match=f"{fault}; put another value in its place in the experiment's file"):
+        override(tree, {path: "1"})
+
+
 def test_a_tree_survives_the_exchange_with_a_config_dict():
     tree = Outer(inner=Inner(size=3), shape=(1, 2, 3), optional=Inner(rate=0.1))
     assert from_config_dict(tree, to_config_dict(tree)) == tree

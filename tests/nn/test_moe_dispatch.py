@@ -1,6 +1,7 @@
 """Dispatches of one routing agree: with each other, with transformers, and on meshes with one device."""
 
 import math
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -403,6 +404,13 @@ def test_adapters_of_dropless_experts_on_a_mesh_are_those_of_gathered_ones(asser
     assert {name for name in grads["experts"]} >= {"up_lora_a", "up_lora_b", "down_lora_a"}
     assert value == pytest.approx(float(expected), rel=1e-5)
     assert_close(grads, expected_grads, 2e-5)
+
+
+@pytest.mark.parametrize("dispatch", ["einsum", "gather", "dropless"])
+def test_what_experts_get_and_give_has_names_for_rematerialisation(dispatch):
+    moe = layer(dispatch=dispatch)
+    jaxpr = jax.make_jaxpr(lambda p: moe.apply(p, inputs(), Context())[0])(random_params(moe))
+    assert {"moe_routing", "moe_in", "moe_out"} <= set(re.findall(r"name\[name=(\w+)", str(jaxpr)))
 
 
 # ---- wrong inputs ----

@@ -1,70 +1,41 @@
-"""Routers against loops in NumPy, torch and transformers; their noise, losses and state over steps."""
+"""Routers against loops in NumPy, torch and transformers."""
 
 from dataclasses import replace
-from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from mixtures import (
+    DIM,
+    EXPERTS,
+    FFN,
+    GROUPS,
+    NO_LOSSES,
+    ROUNDING,
+    TOKENS,
+    applied,
+    exact,
+    gradients,
+    inputs,
+    mixture,
+    padded_rows,
+    params_of,
+    route,
+    softmax,
+    weight_of,
+)
 
-from axrepro.core import Context, Loss, Metric, Update, collect
+from axrepro.core import Context, Loss, MeshShape, Update, collect, make_mesh
 from axrepro.core.aux import objective
 from axrepro.core.param import init_params
 from axrepro.errors import UserError
 from axrepro.methods.language_model import LanguageModel
 from axrepro.models.causal_lm import CausalLM
-from axrepro.nn import Attention, Block, FeedForward, MoE, Repeat, RouterLosses, Sequence, TopK
-from axrepro.nn.moe import (
-    AdaptiveBalance,
-    ExpertChoice,
-    Gumbel,
-    Hash,
-    Jitter,
-    LearnedGaussian,
-    PerExample,
-    Prefix,
-    Room,
-    Routed,
-    RouteOnce,
-)
+from axrepro.nn import Attention, Block, FeedForward, MoE, RouterLosses, TopK
+from axrepro.nn.moe import AdaptiveBalance, ExpertChoice, Gumbel, Hash, Jitter, PerExample, Prefix, Room, Routed
 from axrepro.train.histograms import effective_bins, shares
-
-DIM, EXPERTS, GROUPS, TOKENS = 8, 4, 3, 12
-NO_LOSSES = RouterLosses(balance=0.0, z=0.0)
-ROUNDING = 3e-6  # float32 sums of at most some tens of terms in another order, or against float64
-
-
-def inputs(seed=1, groups=GROUPS, tokens=TOKENS):
-    return jax.random.normal(jax.random.key(seed), (groups, tokens, DIM))
-
-
-def weight_of(seed=0, experts=EXPERTS):
-    """Router weights whose logits are of order 1."""
-    return jax.random.normal(jax.random.key(100 + seed), (DIM, experts))
-
-
-def padded_rows():
-    """True for the first 12, 7 and 0 tokens of the three groups."""
-    return jnp.arange(TOKENS)[None] < jnp.array([12, 7, 0])[:, None]
-
-
-@partial(jax.jit, static_argnames=("router", "capacity"))
-def route(router, params, x, valid=None, ctx=Context(), capacity=TOKENS):
-    """(routing, aux) of a router."""
-    valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
-    return router.apply(params, x, valid, Room(params["weight"].shape[1], capacity), ctx)
-
-
-def exact(a) -> np.ndarray:
-    return np.asarray(a, np.float64)
-
-
-def softmax(logits) -> np.ndarray:
-    e = np.exp(logits - logits.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
 
 # ---- TopK ----
 
@@ -186,38 +157,8 @@ def test_expert_choice_equals_a_loop_over_experts(capacity, padded):
     assert aux["experts_max"].count == known.any(1).sum()
 
 
-FFN = FeedForward(hidden=10)
-
-
-def mixture(**changes) -> MoE:
-    """Four experts, with the grouped product that compiles fastest (all agree: test_grouped_products.py)."""
-    return replace(MoE(expert=FFN, num_experts=EXPERTS, implementation="ragged_dot"), **changes)
-
-
 def expert_choice(**changes) -> MoE:
     return mixture(**{"router": ExpertChoice(), "capacity_factor": 1.5} | changes)
-
-
-def params_of(layer, seed=0, spread=4.0):
-    params = init_params(layer.specs(DIM), jax.random.key(seed))
-    if "weight" in params["router"]:
-        params["router"]["weight"] *= spread
-    return params
-
-
-@cache
-def applied(layer, **options):
-    """The compiled layer, (params, x, fields of the context) to (y, aux)."""
-    return jax.jit(lambda params, x, fields: layer.apply(params, x, Context(**fields, **options)))
-
-
-@cache
-def gradients(layer, train=True):
-    def value(params, x, probe, fields):
-        y, aux = layer.apply(params, x, Context(**fields, train=train))
-        return (y * probe).sum() + (objective(aux) if collect(aux, Loss) else 0.0)
-
-    return jax.jit(jax.grad(value, argnums=(0, 1)))
 
 
 def to_torch(params):
@@ -420,8 +361,21 @@ def test_examples_overflow_in_groups_of_examples(assert_close):
     assert_close(y[kept], every[kept], ROUNDING)
     np.testing.assert_array_equal(y[~kept], 0)
     assert (aux["dropped"].total, aux["dropped"].count) == ((~kept).sum(), 8)
-    with pytest.raises(UserError, match="group_size=3 must divide the 8 examples"):
-        replace(layer, group_size=3).apply(params, x, Context())
+
+
+def test_groups_of_examples_divide_the_batch_and_are_divided_by_the_devices():
+    layer = per_example(1, dispatch="gather")
+    params, x = params_of(layer), inputs(groups=8)
+    four = Context(mesh=make_mesh(MeshShape(data=4), jax.devices()[:4]))
+    wrong = [
+        (3, Context(), "group_size=3 must divide the 8 examples"),
+        (3, four, "group_size=3 must divide the 8 examples"),
+        (4, four, "2 groups of whole examples cannot be split over 4 devices; set group_size to a divisor of 2,"),
+        (None, four, "1 groups of whole examples cannot be split over 4 devices; set group_size to a divisor of 2,"),
+    ]
+    for size, ctx, message in wrong:
+        with pytest.raises(UserError, match=message):
+            replace(layer, group_size=size).apply(params, x, ctx)
 
 
 def test_experts_that_mix_tokens_see_whole_examples(assert_close):
@@ -523,257 +477,6 @@ def test_targets_that_are_missing_or_of_other_experts_are_refused():
         shapes(train=True, routing_target=jnp.ones((GROUPS, EXPERTS)))
     # a model that is used, not trained, has no target
     assert not collect(shapes(), Loss)
-
-
-# ---- one routing for several layers ----
-
-
-def once(router, inner, times=2, experts=EXPERTS, **changes) -> RouteOnce:
-    inside = mixture(router=inner, capacity_factor=float(EXPERTS), **changes)
-    return RouteOnce(layer=Sequence((inside,) * times), router=router, num_experts=experts)
-
-
-@pytest.mark.parametrize(("whole", "dispatch"), [(False, "dropless"), (True, "gather")])
-def test_layers_that_are_routed_once_follow_one_decision_and_both_train_its_router(whole, dispatch, assert_close):
-    router = TopK(k=2, losses=NO_LOSSES)
-    layer = once(PerExample(router=router) if whole else router, Routed(k=2, whole=whole), dispatch=dispatch)
-    params, x, probe = init_params(layer.specs(DIM), jax.random.key(0)), inputs(), inputs(5)
-    params["router"]["weight"] *= 4.0
-    y, aux = applied(layer)(params, x, {})
-    first, second = (aux["layer"][i]["load"].counts for i in "01")
-    np.testing.assert_array_equal(first, second)
-    assert first.sum() == 2 * (GROUPS if whole else GROUPS * TOKENS)
-
-    def by_hand(params, x):
-        """The first layer's gates, used again in the second though its input is another."""
-        seen = x.mean(1, keepdims=True) if whole else x
-        gates, index = jax.lax.top_k(jax.nn.softmax(seen @ params["router"]["weight"]), 2)
-        dense = (jax.nn.one_hot(index, EXPERTS) * (gates / gates.sum(-1, keepdims=True))[..., None]).sum(-2)
-        for i in "01":
-            experts = params["layer"][i]["experts"]
-            each = jax.vmap(lambda e, x=x: FFN.apply(e, x, Context())[0])(experts)  # [E, B, T, D]
-            x = jnp.einsum("bte,ebtd->btd", jnp.broadcast_to(dense, (*x.shape[:2], EXPERTS)), each)
-        return x
-
-    @jax.jit
-    def expected_of(params, x):
-        y, back = jax.vjp(by_hand, params, x)
-        return y, back(probe)
-
-    expected_y, expected = expected_of(params, x)
-    assert_close(y, expected_y, ROUNDING)
-    grads, x_grad = gradients(layer)(params, x, probe, {})
-    assert_close(x_grad, expected[1], 1e-5)
-    flat = lambda tree: {"router": tree["router"]["weight"]} | {i: tree["layer"][i]["experts"]["up"] for i in "01"}
-    assert_close(flat(grads), flat(expected[0]), 1e-5)
-
-
-@pytest.mark.slow
-def test_a_router_reaches_through_scanned_and_rematerialised_blocks(assert_close):
-    ffn = mixture(router=Routed(k=2), dispatch="gather")
-    stack = Repeat(layer=Block(attention=FFN, ffn=ffn), times=2)
-    layer = RouteOnce(layer=stack, router=TopK(k=2), num_experts=EXPERTS)
-    params, x, probe = init_params(layer.specs(DIM), jax.random.key(0)), inputs(), inputs(5)
-    run = lambda remat: jax.jit(
-        jax.grad(lambda p: (layer.apply(p, x, Context(train=True, remat=remat))[0] * probe).sum())
-    )(params)
-    plain, full = run("none"), run("full")
-    assert np.any(plain["router"]["weight"])
-    assert_close(full["router"]["weight"], plain["router"]["weight"], ROUNDING)
-
-
-def test_routings_that_do_not_fit_are_refused():
-    x = inputs()
-    alone = mixture(router=Routed(k=2))
-    with pytest.raises(UserError, match="needs a RouteOnce around it"):
-        alone.apply(
-            {"router": {}, "experts": init_params(alone.specs(DIM), jax.random.key(0))["experts"]}, x, Context()
-        )
-    wrong = [
-        (once(TopK(k=2), Routed(k=1)), r"Routed\(k=1, whole=False\) does not fit"),
-        (once(TopK(k=2), Routed(k=2, whole=True)), r"Routed\(k=2, whole=True\) does not fit"),
-        (once(TopK(k=2), Routed(k=2), experts=8), "routes to 8 experts.* not 4"),
-        (once(ExpertChoice(), Routed(k=2)), "needs a router by which tokens choose, not ExpertChoice"),
-    ]
-    for layer, message in wrong:
-        params = init_params(layer.specs(DIM), jax.random.key(0))
-        with pytest.raises(UserError, match=message):
-            jax.eval_shape(lambda p, layer=layer: layer.apply(p, x, Context()), params)
-
-
-# ---- noise ----
-
-
-def logits_seen(router, params, x, **options):
-    """log p of the router's probabilities, through the gates of all experts."""
-    routing, _ = route(router, params, x, ctx=Context(**options))
-    order = np.argsort(np.asarray(routing.expert), -1)
-    return np.log(np.take_along_axis(np.asarray(routing.gate), order, -1))
-
-
-@pytest.mark.parametrize("noise", [Jitter(eps=0.3), Gumbel(), LearnedGaussian()], ids=lambda n: type(n).__name__)
-def test_noise_acts_in_training_with_a_key_alone(noise):
-    router = TopK(k=EXPERTS, noise=noise, losses=NO_LOSSES)
-    params = {"weight": weight_of(), "noise": init_params(noise.specs(DIM, EXPERTS), jax.random.key(0))}
-    x, key = inputs(), jax.random.key(7)
-    quiet = logits_seen(replace(router, noise=None), params, x)
-    for options in ({}, {"key": key}, {"train": True}):
-        np.testing.assert_array_equal(logits_seen(router, params, x, **options), quiet)
-    first, again, other = (logits_seen(router, params, x, key=k, train=True) for k in (key, key, jax.random.key(8)))
-    np.testing.assert_array_equal(first, again)
-    assert np.abs(first - quiet).max() > 0.05
-    assert np.abs(first - other).max() > 0.05
-
-
-def test_gumbel_noise_of_scale_one_samples_the_softmax():
-    draws = 20000
-    x = jnp.broadcast_to(inputs(groups=1, tokens=1), (1, draws, DIM))
-    router = TopK(k=1, noise=Gumbel(), losses=NO_LOSSES)
-    params = {"weight": 0.5 * weight_of(), "noise": {}}
-    routing, _ = route(router, params, x, ctx=Context(train=True, key=jax.random.key(0)))
-    found = np.bincount(np.asarray(routing.expert).reshape(-1), minlength=EXPERTS) / draws
-    expected = np.asarray(jax.nn.softmax(x[0, 0] @ params["weight"]))
-    assert expected.max() - expected.min() > 0.1
-    np.testing.assert_allclose(found, expected, atol=5 * np.sqrt(0.25 / draws))
-
-
-def test_jitter_multiplies_the_inputs_of_the_router_by_uniform_numbers():
-    # one input feature per expert, so that a log-ratio of gates is the ratio of two factors
-    x = jnp.broadcast_to(jnp.eye(DIM)[0] + jnp.eye(DIM)[1], (1, 4000, DIM))
-    params = {"weight": jnp.eye(DIM)[:, :2], "noise": {}}
-    router = TopK(k=2, noise=Jitter(eps=0.25), losses=NO_LOSSES)
-    seen = logits_seen(router, params, x, key=jax.random.key(0), train=True)
-    difference = (seen[..., 0] - seen[..., 1]).reshape(-1)  # u - v with u, v uniform in [0.75, 1.25]
-    assert np.abs(difference).max() <= 0.5
-    assert np.abs(difference).max() > 0.45
-    assert difference.var() == pytest.approx(2 * 0.5**2 / 12, rel=0.06)
-    assert difference.mean() == pytest.approx(0, abs=0.02)
-
-
-def test_learned_gaussian_noise_has_a_width_per_token_and_expert_that_learns():
-    router = TopK(k=EXPERTS, noise=LearnedGaussian(), losses=NO_LOSSES)
-    weight, noise = weight_of(), {"weight": 0.5 * weight_of(5)}
-    # many draws at one token, along the group
-    token = inputs(groups=1, tokens=1)
-    x = jnp.broadcast_to(token, (1, 8000, DIM))
-    seen = logits_seen(router, {"weight": weight, "noise": noise}, x, key=jax.random.key(0), train=True)[0]
-    width = np.log1p(np.exp(exact(token[0, 0]) @ exact(noise["weight"])))
-    # differences of log-probabilities are differences of logits
-    for other in range(1, EXPERTS):
-        difference = seen[:, 0] - seen[:, other]
-        assert difference.std() == pytest.approx(np.hypot(width[0], width[other]), rel=0.05)
-    params = {"weight": weight, "noise": init_params(LearnedGaussian().specs(DIM, EXPERTS), jax.random.key(0))}
-    assert not np.any(params["noise"]["weight"])
-    probe = inputs(5)[..., :EXPERTS]
-
-    def value(params):
-        routing, _ = route(router, params, inputs(), ctx=Context(train=True, key=jax.random.key(1)))
-        return (routing.gate * probe).sum()
-
-    assert np.linalg.norm(jax.grad(value)(params)["noise"]["weight"]) > 1e-3
-
-
-# ---- losses ----
-
-
-@pytest.mark.parametrize("over", ["first", "all"])
-@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-def test_losses_equal_numpy(scores, over):
-    x, weight, valid = inputs(), weight_of(), padded_rows()
-    losses = RouterLosses(balance=0.3, balance_over=over, z=0.2, entropy=0.5, spread=0.7)
-    router = TopK(k=2, scores=scores, losses=losses)
-    _, aux = route(router, {"weight": weight}, x, valid)
-    logits = exact(x) @ exact(weight)
-    probs = softmax(logits)
-    if scores == "sigmoid":
-        probs = 1 / (1 + np.exp(-logits))
-        probs /= probs.sum(-1, keepdims=True)
-    entropy = lambda p: -(p * np.log(p)).sum(-1)
-    balance, spread = [], []
-    for group, length in ((0, 12), (1, 7)):
-        p = probs[group, :length]
-        best = np.argsort(-p, -1)[:, : 1 if over == "first" else 2]
-        share = np.bincount(best.reshape(-1), minlength=EXPERTS) / best.size
-        balance.append(EXPERTS * (share * p.mean(0)).sum())
-        spread.append(-entropy(p.mean(0)))
-    known = np.asarray(valid)
-    expected = {
-        "balance": 0.3 * np.mean(balance),
-        "router_z": 0.2 * (np.log(np.exp(logits).sum(-1)) ** 2)[known].mean(),
-        "entropy": 0.5 * entropy(probs)[known].mean(),
-        "spread": 0.7 * np.mean(spread),
-    }
-    found = {name: float(term.total / term.count) for name, term in collect(aux, Loss).items()}
-    assert found == pytest.approx(expected, rel=1e-5)
-    metric = collect(aux, Metric)["router_entropy"]
-    assert float(metric.total / metric.count) == pytest.approx(entropy(probs)[known].mean(), rel=1e-5)
-
-
-def test_a_weight_of_zero_leaves_a_loss_out():
-    names = ("balance", "z", "entropy", "spread", "target")
-    nothing = RouterLosses(**dict.fromkeys(names, 0.0))
-    ctx = Context(routing_target=jnp.ones((GROUPS, TOKENS, EXPERTS)) / EXPERTS)
-    losses_of = lambda losses: set(collect(route(TopK(losses=losses), {"weight": weight_of()}, inputs(), ctx=ctx)[1],
-                                           Loss))  # fmt: skip
-    assert losses_of(nothing) == set()
-    for name in names:
-        assert losses_of(replace(nothing, **{name: 0.1})) == {"router_z" if name == "z" else name}
-
-
-@pytest.mark.slow
-def test_spread_and_entropy_pull_the_router_as_they_say(assert_close):
-    # LIMoE: the local term makes tokens decide, the global one makes the experts share them
-    x = inputs()
-    entropy = lambda p: -(p * jnp.log(p)).sum(-1)
-    for losses, formula in (
-        (replace(NO_LOSSES, entropy=1.0), lambda p: entropy(p).mean()),
-        (replace(NO_LOSSES, spread=1.0), lambda p: -entropy(p.mean(1)).mean()),
-    ):
-        found = jax.grad(lambda w, losses=losses: objective(route(TopK(losses=losses), {"weight": w}, x)[1]))
-        expected = jax.grad(lambda w, formula=formula: formula(jax.nn.softmax(x @ w)))
-        assert_close(found(weight_of()), expected(weight_of()), 1e-5)
-
-
-def test_the_adaptive_weight_follows_a_loop_over_steps_and_multiplies_the_gradient(assert_close):
-    adaptive = AdaptiveBalance(low=0.05, high=0.2, log_step=0.3, decay=0.5)
-    router = TopK(k=1, losses=RouterLosses(balance=0.4, z=0.0, adaptive=adaptive))
-    fixed = replace(router, losses=replace(router.losses, adaptive=None))
-    x = jnp.abs(inputs())
-    skewed, even = jnp.zeros((DIM, EXPERTS)).at[:, 0].set(1.0), weight_of()
-    state = {"over_capacity": jnp.zeros(()), "log_scale": jnp.zeros(())}
-    average, log_scale, scales = 0.0, 0.0, []
-    grad = jax.jit(
-        jax.grad(lambda w, state: objective(route(router, {"weight": w, "adaptive": state}, x, capacity=3)[1]))
-    )
-    plain = jax.jit(jax.grad(lambda w: objective(route(fixed, {"weight": w}, x, capacity=3)[1])))
-    for step in range(14):
-        # a collapsed router first; then room for all
-        weight, capacity = (skewed, 3) if step < 5 else (even, TOKENS)
-        _, aux = route(router, {"weight": weight, "adaptive": state}, x, capacity=capacity)
-        scale = np.exp(log_scale)
-        scales.append(scale)
-        _, base = route(fixed, {"weight": weight}, x, capacity=capacity)
-        assert float(aux["balance"].total) == pytest.approx(scale * float(base["balance"].total), rel=1e-5)
-        over = 9 / 12 if step < 5 else 0.0
-        average = 0.5 * average + 0.5 * over
-        log_scale += 0.3 if average > 0.2 else -0.3 if average < 0.05 else 0.0
-        updates = aux["adaptive"]
-        assert float(updates["over_capacity"].value) == pytest.approx(average, rel=1e-5)
-        assert float(updates["log_scale"].value) == pytest.approx(log_scale, rel=1e-5, abs=1e-6)
-        state = {name: update.value for name, update in updates.items()}
-        if step == 4:
-            assert_close(grad(even, state), np.exp(log_scale) * plain(even), 1e-5)
-    assert max(scales) > 3 > 1 > scales[-1] / max(scales)
-
-
-def test_the_state_of_the_adaptive_weight_is_updated_and_not_trained():
-    router = TopK(losses=RouterLosses(adaptive=AdaptiveBalance()), bias_rate=0.1)
-    specs = router.specs(DIM, EXPERTS)
-    assert {specs["adaptive"][name].role for name in ("over_capacity", "log_scale")} == {"updated"}
-    assert specs["bias"].role == "updated"
-    params = init_params(specs, jax.random.key(0))
-    _, aux = route(router, params, inputs())
-    assert set(collect(aux, Update)) == {"bias", "adaptive/over_capacity", "adaptive/log_scale"}
 
 
 # ---- alarms ----

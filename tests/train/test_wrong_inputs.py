@@ -99,6 +99,17 @@ ARGUMENTS = {
     "heads": ((*ONE, "--method.model.dim=130"), "130", "num_heads"),
     "odd head": ((*DESCRIBE, "--method.model.dim=100"), "head_dim 25"),
     "top-k": ((*ONE, f"{MOE}.router.k=9"), "k=9"),
+    "buffer without dropless": ((*ONE, f"{MOE}.buffer_factor=1.5"), "buffer_factor: 1.5 has no effect"),
+    "product without dropless": (
+        (*ONE, f"{MOE}.implementation=ragged_dot"),
+        "implementation: 'ragged_dot' has no effect",
+    ),
+    "conversion of another kind": (
+        (TINY, "--train.conversion.reinitialise=0.5"),
+        "SamePaths (at train.conversion)",
+        "'reinitialise'",
+        "file",
+    ),
     "group size": ((*ONE, f"{MOE}.group_size=48"), "group_size=48", "256"),
     "warm-up beyond the run": ((*ONE, "--optimizer.learning_rate.warmup=2000"), "warmup=2000", "train.steps"),
     "kernel without its shapes": ((*ONE, f"{BLOCK}.attention.implementation=splash"), "splash", "'auto'"),
@@ -157,6 +168,7 @@ RANGES = [
     *[(f"{MOE}.capacity_factor", value) for value in ("0", "-1", "nan", "inf")],
     *[(f"{MOE}.eval_capacity_factor", "0"), (f"{MOE}.group_size", "0"), (f"{MOE}.num_experts", "0")],
     *[(f"{MOE}.router.k", "0"), (f"{MOE}.router.losses.balance", "-1"), (f"{MOE}.router.losses.z", "nan")],
+    *[(f"{MOE}.dispatch", "droples"), (f"{MOE}.router.scores", "sigmoyd"), (f"{MOE}.shared_gate", "true")],
 ]
 
 

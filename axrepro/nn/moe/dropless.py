@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from axrepro.core.context import Context
 from axrepro.core.interfaces import Layer
+from axrepro.core.remat import tag
 from axrepro.core.tree import flatten, map_tree
 from axrepro.errors import UserError
 from axrepro.kernels.grouped_matmul import Implementation
@@ -114,13 +115,13 @@ class Dropless:
             out, lost = self._experts(params, rows, queue.size[0], unit, ctx), jnp.zeros((), jnp.int32)
         else:
             out, lost = self._exchanged(params, rows, queue.size[0], unit, ctx, devices)
-        y = bring_back(out[None], flat.gate.swapaxes(1, 2), moves)
+        y = bring_back(tag(out, "moe_out")[None], flat.gate.swapaxes(1, 2), moves)
         return y.reshape(x.shape), lost
 
     def _experts(self, params, rows: Float[Array, "R F"], sizes: Int[Array, " J"], unit: tuple, ctx: Context):
         """The experts on rows that are sorted by expert."""
         tokens = math.prod(unit[:-1])
-        x = rows.reshape(-1, unit[-1])
+        x = tag(rows, "moe_in").reshape(-1, unit[-1])
         wrap = lambda weight: Grouped(weight, sizes * tokens, x.shape[0], self.implementation)
         with jax.named_scope("experts"):
             y, aux = self.expert.apply(jax.tree.map(wrap, params), x, ctx)

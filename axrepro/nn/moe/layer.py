@@ -125,13 +125,13 @@ class MoE(Layer):
         if self.router.unit == "example":
             devices = ctx.shards("batch")
             size = batch if self.group_size is None or self._kind(ctx) == "dropless" else self.group_size
+            if batch % size:
+                raise UserError(f"MoE group_size={size} must divide the {batch} examples that are routed")
             if self._kind(ctx) != "dropless" and (batch // size) % devices:
                 raise UserError(
                     f"{batch // size} groups of whole examples cannot be split over {devices} devices; set group_size "
                     f"to a divisor of {max(1, batch // devices)}, or dispatch to dropless"
                 )
-            if batch % size:
-                raise UserError(f"MoE group_size={size} must divide the {batch} examples that are routed")
             return x.reshape(-1, size, length, dim), valid.reshape(-1, size, length)
         size = length if self.group_size is None else self.group_size
         if (batch * length) % size or (length % size and size % length):

@@ -1,6 +1,7 @@
 """Routers. Logits, probabilities and losses are float32 whatever the compute type, and padding counts for nothing."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import jax
@@ -68,12 +69,11 @@ class TopK(Router):
         return self.k / num_experts
 
     def apply(self, params, x, valid, room, ctx):
-        x = x.astype(jnp.float32)
-        product = lambda x: jnp.einsum("nsd,de->nse", x, params["weight"].astype(jnp.float32))
         if self.noise is not None and ctx.train and ctx.key is not None:
-            logits = self.noise.logits(params["noise"], x, product, ctx.fold("noise"))
+            product = partial(_logits, params)
+            logits = self.noise.logits(params["noise"], x.astype(jnp.float32), product, ctx.fold("noise"))
         else:
-            logits = product(x)
+            logits = _logits(params, x)
         if self.logit_cap is not None:
             logits = self.logit_cap * jnp.tanh(logits / self.logit_cap)
         if self.scores == "softmax":
@@ -96,6 +96,10 @@ class TopK(Router):
 def _weight(dim: int, num_experts: int) -> dict:
     # whole on every device: it is small, and its product must be exact in float32
     return {"weight": linear((dim, num_experts), (None, None), fan_in=dim, decay=False)}
+
+
+def _logits(params: dict, x: Float[Array, "N S D"]) -> Float[Array, "N S E"]:
+    return jnp.einsum("nsd,de->nse", x.astype(jnp.float32), params["weight"].astype(jnp.float32))
 
 
 def _top_k(
@@ -129,7 +133,7 @@ class ExpertChoice(Router):
         return min(1.0, capacity_factor / num_experts)
 
     def apply(self, params, x, valid, room, ctx):
-        logits = jnp.einsum("nsd,de->nse", x.astype(jnp.float32), params["weight"].astype(jnp.float32))
+        logits = _logits(params, x)
         scores = jnp.where(valid[:, :, None], jax.nn.softmax(logits), -1.0).swapaxes(1, 2)  # [N, E, S]
         token = jnp.argsort(-jax.lax.stop_gradient(scores), axis=-1, stable=True)[:, :, : room.capacity]
         best = jnp.take_along_axis(scores, token, axis=-1)
@@ -211,7 +215,7 @@ class Prefix(Router):
         return self.mean_width
 
     def apply(self, params, x, valid, room, ctx):
-        logits = jnp.einsum("nsd,de->nse", x.astype(jnp.float32), params["weight"].astype(jnp.float32))
+        logits = _logits(params, x)
         widest = jnp.argmax(logits, -1)[:, :, None]
         expert = jnp.broadcast_to(jnp.arange(room.num_experts), logits.shape)
         used = (expert <= widest) & valid[:, :, None]
