@@ -1,9 +1,10 @@
 """The training loop."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -155,11 +156,16 @@ def _read_sources(program: Program, workdir: str) -> dict:
         checkpoints.close()
 
 
-def compile_step(program: Program, batch: dict):
-    """The train step, compiled ahead of its first use: it cannot be compiled twice. The state is donated."""
+def compile_step(program: Program, batch: dict, options: Mapping[str, str | bool] = MappingProxyType({})):
+    """The train step, compiled ahead of its first use: it cannot be compiled twice. The state is donated.
+
+    Args:
+      options: for the compiler, besides those of the experiment.
+    """
     out_shardings = (program.shardings, program.replicated)
     jitted = jax.jit(functools.partial(train_step, program), donate_argnums=0, out_shardings=out_shardings)
-    return jitted.lower(program.abstract_state, batch).compile(_compiler_options(program.experiment))
+    given = {**(_compiler_options(program.experiment) or {}), **options}
+    return jitted.lower(program.abstract_state, batch).compile(given or None)
 
 
 def _run(
