@@ -308,8 +308,11 @@ def _over_queries(x, weights):
 _row.defvjp(_row_forward, _row_backward)
 
 
+_BLOCKS = (512, 256, 128)  # rows and keys that a TPU's core works on at once; the kernel's own choice is always 128
+
+
 def _splash_kernel(heads, shape, shards, swap, interpret, mask, logit_cap):
-    """Pallas TPU kernel (blockwise, fused backward) for a shard of the queries, exchanged or not, and all keys."""
+    """Pallas TPU kernel (blockwise) for a shard of the queries, exchanged or not, and all keys."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -322,8 +325,13 @@ def _splash_kernel(heads, shape, shards, swap, interpret, mask, logit_cap):
             pattern.q_sequence = np.stack([parts[:shards], parts[: shards - 1 : -1]], 1).ravel()
     else:
         pattern = masks.LocalMask(shape, (mask.window - 1, 0), 0)
+    rows, keys = (next(n for n in _BLOCKS if length % n == 0) for length in (pattern.shape[0] // shards, shape[1]))
+    blocks = kernel.BlockSizes(
+        block_q=rows, block_q_dkv=rows, block_q_dq=rows, block_kv=keys, block_kv_dkv=keys, block_kv_dq=keys
+    )
     return kernel.make_splash_mha(
         masks.MultiHeadMask([pattern] * heads),
+        block_sizes=blocks,
         head_shards=1,
         q_seq_shards=shards,
         attn_logits_soft_cap=logit_cap,
