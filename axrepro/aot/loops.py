@@ -88,6 +88,9 @@ def value(
       element: of its tuple.   touched: takes up the elements of the first parameter that the value depends on.
     """
     instruction = computation.by_name[name]
+    shape = instruction.shape if element is None else instruction.shape.parts[element]
+    if shape.dtype != "tuple" and (shape.size != 1 or shape.dtype[0] not in "sup"):
+        return None  # no counter; what it is made of would be followed in vain, again by each that uses it
     inner = lambda operand, at=None: value(module, computation, operand, scalars, at, touched)
     match instruction.opcode:
         case "parameter":
