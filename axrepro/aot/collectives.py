@@ -97,15 +97,32 @@ def collectives(module: Module, executed: Sequence[Executed], mesh_axes: Mapping
     """The collectives among `executed`, in its order; the steps of one that runs beside other work count once.
 
     Args:
-      mesh_axes: sizes, in the order of the mesh whose devices the program was compiled for.
+      mesh_axes: sizes, in the order of the mesh whose devices the program was compiled for. A program for several slices
+        is that of one, which exchanges with the others along `data`.
     Raises:
       UserError: if the mesh has another number of devices than the program.
     """
-    if math.prod(mesh_axes.values()) != module.num_devices:
+    slices, rest = divmod(math.prod(mesh_axes.values()), module.num_devices)
+    if rest or (slices > 1 and mesh_axes.get("data", 1) % slices):
         given = " x ".join(f"{name} {size}" for name, size in mesh_axes.items())
         raise UserError(f"mesh {given}: the program was compiled for {module.num_devices} devices; take its own mesh")
+    within = {**mesh_axes, "data": mesh_axes["data"] // slices} if slices > 1 else mesh_axes
     found = []
     for span in spans(module, executed):
+        if transfer := _between_slices(span.start.instruction):
+            found.append(
+                Collective(
+                    kind=transfer,
+                    name=span.start.name,
+                    op_name=span.start.instruction.op_name,
+                    source=span.start.source,
+                    bytes=span.start.instruction.shape.parts[0].bytes,
+                    groups=(tuple(range(0, slices * module.num_devices, module.num_devices)),),
+                    axes=("data",),
+                    trips=span.start.trips,
+                    span=span,
+                )
+            )
         for inner, home in _operations(module, span.start):
             groups = _groups(inner, module.num_devices)
             kind = collective_kind(inner.opcode)
@@ -118,7 +135,7 @@ def collectives(module: Module, executed: Sequence[Executed], mesh_axes: Mapping
                 source=span.start.source or module.source(inner),
                 bytes=_payload(inner, home),
                 groups=groups,
-                axes=_axes(groups, tuple(mesh_axes.items())),
+                axes=_axes(groups, tuple(within.items())),
                 trips=span.start.trips,
                 span=span,
             )
@@ -164,6 +181,8 @@ def spans(module: Module, executed: Sequence[Executed]) -> Iterator[Span]:
 def _stage(module: Module, instruction: Instruction) -> str:
     """ "start", "step" or "done" of work that others overlap with, "" for what is complete in itself."""
     endings = {"-start": "start", "-update": "step", "-done": "done"}
+    if instruction.opcode in ("send", "recv"):
+        return "start"
     if instruction.opcode != "fusion":
         return next((stage for ending, stage in endings.items() if instruction.opcode.endswith(ending)), "")
     found = ""
@@ -174,6 +193,12 @@ def _stage(module: Module, instruction: Instruction) -> str:
             if "async_collective_fusion_config" in inner.config:
                 found = "step"
     return found
+
+
+def _between_slices(instruction: Instruction) -> str:
+    """The kind of an exchange with other slices, "" for all else; what is received stands for both directions."""
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes.get("frontend_attributes", ""))
+    return found[1].lower().replace("_", "-") if found and instruction.opcode == "recv" else ""
 
 
 def _origins(computation: Computation, instruction: Instruction) -> Iterator[str]:

@@ -175,7 +175,7 @@ class Costs:
             return _result(instruction).stored
         if base == "dynamic-update-slice" and place == 0:
             return 0  # updated where it stands
-        if instruction.opcode == "fusion":
+        if instruction.opcode in ("fusion", "async-start"):
             (callee,) = called(self._module, instruction)
             return self._read_inside(callee, callee.parameters[place])
         if _is_step(instruction) or custom_call(instruction) == "AsyncCollectiveDone":
@@ -206,6 +206,9 @@ class Costs:
         base = instruction.opcode.removesuffix("-start")
         if base == "dynamic-update-slice":
             return [(_result(instruction), computation.by_name[instruction.operands[1]].shape.stored)]
+        if instruction.opcode == "async-start":
+            (callee,) = called(self._module, instruction)
+            return self._written(callee, callee.root)
         if instruction.opcode != "fusion":
             return [(leaf, leaf.stored) for leaf in _result(instruction).leaves]
         (callee,) = called(self._module, instruction)
