@@ -12,7 +12,8 @@ from pathlib import Path
 
 from axrepro.errors import UserError, nearest
 
-MODES = ("train", "describe", "eval")
+FLAGS = ("own", "default")
+MODES = ("train", "describe", "compile", "eval")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _MOST_DEVICES = 4096  # emulated; each takes threads and memory
 _HELP = """
@@ -30,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m axrepro.launch",
-        description="Train, evaluate or describe an experiment.",
+        description="Train, evaluate or describe an experiment, or compile it for hardware that is not there.",
         epilog=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -40,9 +41,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mode", choices=MODES, default="train", help="default: train; it resumes where it stopped")
     parser.add_argument("--list", action="store_true", help="print the experiments and what they are")
     parser.add_argument("--devices", type=int, metavar="N", help="emulate N CPU devices (per process)")
-    parser.add_argument("--topology", metavar="SLICE", help="describe for this slice, such as v5p-1024 or v5p:8x8x8")
+    parser.add_argument(
+        "--topology", metavar="SLICE", help="describe or compile for this slice: v5p-1024, v5p:8x8x8, 2xv6e-256"
+    )
     parser.add_argument("--explain", metavar="PATH", help="describe where the value of a field, or a group, comes from")
     parser.add_argument("--diff", metavar="OTHER", help="describe how OTHER differs: fields, parameters, FLOPs, bytes")
+    parser.add_argument("--json", action="store_true", help="compile: print the report for machines")
+    parser.add_argument("--flags", choices=FLAGS, default="own", help="compile: with the run's compiler flags, or none")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where it is not detected")
     parser.add_argument("--num_processes", type=int, metavar="N", help="with --coordinator")
     parser.add_argument("--process_id", type=int, metavar="I", help="with --coordinator: 0 to N-1")
@@ -76,8 +81,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         raise UserError(f"--{empty[0]}= is empty; give it a value, or leave it out")
     if not args.list and not args.experiment:
         raise UserError("--experiment=NAME is missing; --list prints the names")
-    if args.topology and args.mode != "describe":
-        raise UserError(f"--topology goes with --mode=describe, not --mode={args.mode}")
+    if args.topology and args.mode not in ("describe", "compile"):
+        raise UserError(f"--topology goes with --mode=describe and --mode=compile, not --mode={args.mode}")
+    if args.mode == "compile" and not args.topology:
+        raise UserError("--mode=compile needs --topology=SLICE, such as v5p-1024, or cpu-8 for emulated devices")
+    for name, absent in (("json", False), ("flags", "own")):
+        if getattr(args, name) != absent and args.mode != "compile":
+            raise UserError(f"--{name} goes with --mode=compile, not --mode={args.mode}")
     for name in ("explain", "diff"):
         if getattr(args, name) is not None and args.mode != "describe":
             raise UserError(f"--{name} goes with --mode=describe, not --mode={args.mode}")
@@ -95,7 +105,7 @@ def _has_accelerator() -> bool:
 def set_up_platform(args: argparse.Namespace) -> None:
     """Chooses the platform before jax looks for one, so that absent hardware makes no noise."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    on_cpu = args.devices is not None or (args.mode == "describe" and args.topology)
+    on_cpu = args.devices is not None or args.topology
     if on_cpu or ("JAX_PLATFORMS" not in os.environ and not _has_accelerator()):
         os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
@@ -216,6 +226,24 @@ def _evaluate(name: str, experiment, workdir: str) -> int:
     return 0
 
 
+def _compile(name: str, experiment, args: argparse.Namespace) -> int:
+    import json
+    from dataclasses import replace
+
+    from axrepro.aot import report
+    from axrepro.aot.forecast import forecast
+    from axrepro.aot.slices import find_slice
+    from axrepro.train.hardware import parse_topology
+
+    kind, devices, _ = parse_topology(args.topology)
+    hardware = devices if kind == "cpu" else find_slice(args.topology)
+    if args.flags == "default":
+        experiment = replace(experiment, train=replace(experiment.train, compiler_options=()))
+    found = forecast(experiment, hardware)
+    print(json.dumps({"experiment": name, **report.summary(found)}) if args.json else report.text(name, found))
+    return 0
+
+
 def _explain(entry, hardware: tuple[str, int, int], overrides: dict[str, str], path: str) -> str:
     from axrepro import registry
     from axrepro.train.explain import construct, explain
@@ -250,7 +278,7 @@ def run(argv: list[str]) -> int:
         print("\n".join(f"{entry.name:{width}}  {entry.description}" for entry in entries))
         return 0
     set_up_platform(args)
-    if not (args.mode == "describe" and args.topology):
+    if not args.topology:
         join_processes(args)
     entry, hardware = registry.find(args.experiment, registry.index()), _hardware(args)
     if args.explain is not None:
@@ -266,6 +294,8 @@ def run(argv: list[str]) -> int:
 
         print(describe(name, experiment, *hardware, rule))
         return 0
+    if args.mode == "compile":
+        return _compile(name, experiment, args)
     return {"train": _train, "eval": _evaluate}[args.mode](name, experiment, workdir)
 
 

@@ -180,7 +180,9 @@ class _Clock:
 
     def _compute(self, one: Executed) -> tuple[str, float]:
         """What the core does for an instruction."""
-        if one.instruction.opcode.endswith(("-start", "send", "recv")) or (self._collectives.get(id(one)) and not one.flops):
+        if one.instruction.opcode.endswith(("-start", "send", "recv")) or (
+            self._collectives.get(id(one)) and not one.flops
+        ):
             return "", 0.0  # others do it
         chip, efficiency = self._chip, self._efficiency
         rate = chip.tflops * 1e12 / chip.devices

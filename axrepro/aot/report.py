@@ -1,0 +1,108 @@
+"""A forecast, as text and as JSON."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from axrepro.aot.forecast import Forecast
+from axrepro.train.describe import readable, table
+
+_SHOWN = 12  # collectives
+
+
+def summary(f: Forecast) -> dict[str, Any]:
+    """All figures of a forecast: what `--json` prints. Bytes are of one device and step, times in seconds."""
+    found: dict[str, Any] = {
+        "hardware": f.effect.slice_name,
+        "devices": f.devices,
+        "mesh": dict(f.compiled.mesh),
+        "compile_seconds": round(f.compiled.seconds, 1),
+        "memory": memory(f),
+        "flops": {
+            "executed": f.program.flops(),
+            "recomputed": f.program.recomputed(),
+            "model": f.effect.flops.causal / f.devices,
+            "model_full": f.effect.flops.full / f.devices,
+        },
+        "collectives": collectives(f),
+        **f.speed,
+    }
+    if f.time is not None:
+        found["breakdown"] = {part: seconds for part, seconds in _largest(f.time.parts) if seconds > 0}
+    return found
+
+
+def text(name: str, f: Forecast) -> str:
+    """The report: a table of figures, then the breakdown of the step and its collectives."""
+    figures = summary(f)
+    mesh = ", ".join(f"{axis} {size}" for axis, size in f.compiled.mesh.items() if size > 1) or "one device"
+    rows = {
+        "hardware": f"{f.effect.slice_name}: {f.devices} devices, mesh {mesh}",
+        "compiled in": f"{f.compiled.seconds:.0f} s, up to machine code",
+        "memory per device": _memory(figures["memory"]),
+        "arithmetic": _arithmetic(figures["flops"]),
+    }
+    if f.time is not None:
+        unit = f.effect.unit
+        rows |= {
+            "step time": f"{f.time.seconds:.3f} s",
+            "MFU": f"{figures['mfu']:.1%} (attention as masked), {figures['mfu_full']:.1%} (whole attention matrix)",
+            "throughput": f"{figures[f'{unit}_per_second']:,.0f} {unit}/s, {figures[f'{unit}_per_day'] / 1e9:,.2f} "
+            f"billion a day",
+        }
+        if f"usd_per_billion_{unit}" in figures and f.chip is not None and f.chip.price is not None:
+            price = f.chip.price
+            rows["list price"] = (
+                f"{figures[f'usd_per_billion_{unit}']:,.0f} USD per billion {unit} "
+                f"({price.usd} USD a chip-hour, {price.terms}, {price.read})"
+            )
+        if "checkpoint_share" in figures:
+            rows["checkpoints"] = f"{figures['checkpoint_share']:.2%} of the time, to copy the state to the hosts"
+    lines = [f"{name}: forecast", *table(rows)]
+    if f.time is not None:
+        lines += ["", "where the step's time goes"]
+        shown = [(part, seconds) for part, seconds in _largest(f.time.parts) if seconds > 0.001 * f.time.seconds]
+        lines += [f"{seconds / f.time.seconds:7.1%} {seconds:9.4f} s  {part}" for part, seconds in shown]
+    if figures["collectives"]:
+        lines += ["", "collectives, bytes that a device sends in a step"]
+        for row in figures["collectives"][:_SHOWN]:
+            how = f"{row['overlapped']:.0%} beside other work"
+            lines.append(
+                f"{readable(int(row['sent'])):>12} in {row['count']:5d}  {row['kind']} over {row['axes']}, {how}"
+            )
+    return "\n".join(lines)
+
+
+def memory(f: Forecast) -> dict[str, float]:
+    """Bytes of one device."""
+    return {}
+
+
+def collectives(f: Forecast) -> list[dict[str, Any]]:
+    """By kind and mesh axes, the largest first: bytes sent, how often, and which share of them overlaps with work."""
+    sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    for one in f.program.collectives(f.compiled.mesh):
+        entry = sums[one.kind, "+".join(one.axes) or "itself"]
+        entry[0] += one.sent * one.trips
+        entry[1] += one.trips
+        entry[2] += one.sent * one.trips * one.span.asynchronous
+    rows = [
+        {"kind": kind, "axes": axes, "sent": sent, "count": int(count), "overlapped": hidden / sent if sent else 0.0}
+        for (kind, axes), (sent, count, hidden) in sums.items()
+    ]
+    return sorted(rows, key=lambda row: -row["sent"])
+
+
+def _largest(parts: Mapping[str, float]) -> list[tuple[str, float]]:
+    return sorted(parts.items(), key=lambda item: -item[1])
+
+
+def _memory(figures: Mapping[str, float]) -> str:
+    return ", ".join(f"{kind} {readable(int(size))}" for kind, size in figures.items())
+
+
+def _arithmetic(figures: Mapping[str, float]) -> str:
+    done, again = figures["executed"], figures["recomputed"]
+    return (
+        f"{done / 1e12:,.1f} TFLOP a device, of which {again / done if done else 0:.1%} done again in the backward pass"
+    )
