@@ -97,8 +97,8 @@ def collectives(module: Module, executed: Sequence[Executed], mesh_axes: Mapping
     """The collectives among `executed`, in its order; the steps of one that runs beside other work count once.
 
     Args:
-      mesh_axes: sizes, in the order of the mesh whose devices the program was compiled for. A program for several slices
-        is that of one, which exchanges with the others along `data`.
+      mesh_axes: sizes, in the order of the mesh whose devices the program was compiled for. A program for several
+        slices is that of one, which exchanges with the others along `data`.
     Raises:
       UserError: if the mesh has another number of devices than the program.
     """

@@ -1,8 +1,8 @@
 """How long a collective takes on a torus of links, from where its devices stand.
 
-Every chip has a link to both neighbours along each axis of the torus; an axis on which the outermost chips are joined is
-a ring. A gather or a reduction sends parts along all axes at once. In an exchange each byte goes from its chip to one
-other, so that links carry it on the way (scaling book, jax-ml.github.io/scaling-book/sharding, "A Deeper Dive").
+Every chip has a link to both neighbours along each axis of the torus; an axis on which the outermost chips are joined
+is a ring. A gather or a reduction sends parts along all axes at once. In an exchange each byte goes from its chip to
+one other, so that links carry it on the way (scaling book, jax-ml.github.io/scaling-book/sharding, "A Deeper Dive").
 Between slices, bytes go over the data centre's network.
 """
 

@@ -79,7 +79,8 @@ class StepTime:
 
     Attributes:
       seconds: of the step.   parts: what they go to: "matrix products", "attention", "other compute", "waiting: ..."
-        for what nothing hides, "slowed by: ..." for what hidden communication costs.   passes: by computation, that of the program's entry under `entry`.
+        for what nothing hides, "slowed by: ..." for what hidden communication costs.
+      passes: by computation; that of the whole program under `entry`.
     """
 
     seconds: float
@@ -220,7 +221,8 @@ def _attention_flops(program: Program, one: Executed) -> float:
     """FLOPs of a splash attention kernel, 0 for anything else: those of the blocks that its mask leaves.
 
     The first operand of three dimensions tells the blocks: one entry for each. A kernel that computes its mask takes
-    positions of queries besides; without a window it is causal, and half of the blocks but the diagonal are left.
+    positions of queries besides: with a window its grid is as narrow as that, without one it is causal, and leaves out
+    half of the blocks off the diagonal.
     """
     found = _KERNEL.search(one.instruction.op_name)
     if found is None or not one.opaque:
@@ -234,10 +236,9 @@ def _attention_flops(program: Program, one: Executed) -> float:
     masked = any(shape.dtype == "s32" and len(shape.dims) == 2 for shape in shapes)
     if blocks is None or not masked:
         return flops
-    across, down = max(blocks), min(blocks)
-    if across != down and found[1] != "dkv":  # a window: the grid is as narrow as that
-        return flops * min(1.0, blocks[1] * blocks[0] / (blocks[0] * max(blocks)))
-    return flops * (across + 1) / (2 * across)
+    rows, columns = blocks if found[1] != "dkv" else blocks[::-1]
+    whole = keys.dims[-2] // (queries.dims[-2] // rows)  # columns, were no block left out; they are as wide as rows
+    return flops * (columns / whole if columns < whole else (rows + 1) / (2 * rows))
 
 
 def _operands(program: Program, one: Executed) -> Sequence[Shape]:
