@@ -38,11 +38,16 @@ class Side:
 
 @dataclass(frozen=True)
 class Route:
-    """How the devices of a group reach each other: along `sides` within a slice, and among how many `slices`."""
+    """How the devices of a group reach each other: along `sides` within a slice, and among how many `slices`.
+
+    Attributes:
+      shift: of a permutation, (axis, chips that each goes along it), with its sign; the longest of its pairs.
+    """
 
     sides: tuple[Side, ...]
     slices: int
     size: int
+    shift: tuple[tuple[int, int], ...] = ()
 
 
 @lru_cache(maxsize=1 << 10)
@@ -63,6 +68,25 @@ def route(groups: Groups, places: Places, hardware: Slice) -> Route:
     return Route(tuple(sides), len(np.unique(where[:, 0])), len(groups[0]))
 
 
+@lru_cache(maxsize=1 << 10)
+def shift(pairs: Groups, places: Places, hardware: Slice) -> Route:
+    """The route of a permutation."""
+    longest: tuple[tuple[int, int], ...] = ()
+    slices = 1
+    for source, target in pairs:
+        here, there = np.array(places[source]), np.array(places[target])
+        slices = max(slices, 1 + int(here[0] != there[0]))
+        steps = []
+        for axis, (length, wraps) in enumerate(zip(hardware.shape, hardware.wraps, strict=True)):
+            step = int(there[1 + axis] - here[1 + axis])
+            if wraps and abs(step) > length // 2:
+                step -= int(np.sign(step)) * length
+            if step:
+                steps.append((axis, step))
+        longest = max(longest, tuple(steps), key=lambda steps: sum(abs(step) for _, step in steps))
+    return Route((), slices, 2, longest)
+
+
 def seconds(kind: str, size: float, over: Route, hardware: Slice) -> float:
     """How long a collective takes if nothing else uses its links, at the published bandwidths.
 
@@ -70,11 +94,16 @@ def seconds(kind: str, size: float, over: Route, hardware: Slice) -> float:
       kind: "all-gather", ...   size: bytes of the whole array of one device (`Collective.bytes`).
     """
     chip = CHIPS[hardware.kind]
+    if kind in ("collective-permute", "collective-broadcast"):
+        hops = sum(abs(step) for _, step in over.shift)
+        slow = size / ((chip.dcn_gbs or 1.0) * 1e9) if over.slices > 1 else 0.0
+        # a link carries what all chips send that lie so far before it
+        return slow + size * max((abs(step) for _, step in over.shift), default=0) / (chip.link_gbs * 1e9) + HOP * hops
     within = over.size // over.slices
     part = size
     if over.slices > 1 and kind in ("all-gather", "reduce-scatter", "all-reduce"):
         part = size / over.slices if kind != "all-reduce" else size
-    time = _within(kind, part, over.sides, within, chip.links and chip.link_gbs * 1e9)
+    time = _within(kind, part, over.sides, within, chip.link_gbs * 1e9)
     if over.slices > 1:
         # each chip sends its own part: what has been reduced, or is yet to be gathered, within the slice
         crossing = {"all-reduce": 2 * size / within, "all-to-all": size}.get(kind, size / within)
@@ -89,14 +118,14 @@ def _within(kind: str, size: float, sides: Sequence[Side], devices: int, link: f
         return 0.0
     if kind in ("all-to-all", "ragged-all-to-all"):
         return max(size * side.size * side.crowd / (8 if side.ring else 4) for side in sides) / link
-    if kind in ("collective-permute", "collective-broadcast"):
-        return size / link
     ways = sum((2 if side.ring else 1) / side.crowd for side in sides)
     passes = 2 if kind == "all-reduce" else 1
     return passes * size * (devices - 1) / devices / (ways * link)
 
 
 def resources(over: Route) -> tuple[str, ...]:
-    """What a collective occupies: two that share one wait for each other."""
+    """What a collective occupies, by axis and direction: two that share one wait for each other."""
     network = ("network",) if over.slices > 1 else ()
-    return (*(f"axis {side.axis}" for side in over.sides), *network)
+    if over.shift:
+        return (*(f"axis {axis}{'+' if step > 0 else '-'}" for axis, step in over.shift), *network)
+    return (*(f"axis {side.axis}{way}" for side in over.sides for way in "+-"), *network)

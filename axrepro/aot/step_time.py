@@ -166,7 +166,8 @@ class _Clock:
                 events.append(Event(" + ".join(lanes), start, took, beside, item.name, item.instruction.op_name))
                 span = self._spans.get(id(item))
                 if span is not None and span.done is not None:
-                    hidden = 0.0 if lanes in (("memory",), ("host",)) else took
+                    copied = lanes in (("memory",), ("host",)) or beside.startswith("collective-permute")
+                    hidden = 0.0 if copied else took  # what only moves needs nothing of the core
                     ends[id(span.done)] = max(ends.get(id(span.done), (0.0, "", 0.0)), (start + took, beside, hidden))
                 else:
                     wait(start + took, beside)
@@ -200,7 +201,8 @@ class _Clock:
     def _beside(self, one: Executed) -> Iterator[tuple[tuple[str, ...], str, float]]:
         """What others than the core do for it: (lanes that are taken, part of the breakdown, seconds)."""
         for each in self._collectives.get(id(one), ()):
-            over = network.route(each.groups, self._places, self._hardware)
+            way = network.shift if each.kind == "collective-permute" else network.route
+            over = way(each.groups, self._places, self._hardware)
             took = network.seconds(each.kind, each.bytes, over, self._hardware) / self._efficiency.link
             yield network.resources(over), f"{each.kind} over {'+'.join(each.axes) or 'itself'}", took
         moved = one.reads.get(HOST, 0) + one.writes.get(HOST, 0)
