@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--explain", metavar="PATH", help="describe where the value of a field, or a group, comes from")
     parser.add_argument("--diff", metavar="OTHER", help="describe how OTHER differs: fields, parameters, FLOPs, bytes")
     parser.add_argument("--json", action="store_true", help="compile: print the report for machines")
+    parser.add_argument("--search", action="store_true", help="compile: try meshes, remat policies and microbatches")
     parser.add_argument("--flags", choices=FLAGS, default="own", help="compile: with the run's compiler flags, or none")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where it is not detected")
     parser.add_argument("--num_processes", type=int, metavar="N", help="with --coordinator")
@@ -85,7 +86,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         raise UserError(f"--topology goes with --mode=describe and --mode=compile, not --mode={args.mode}")
     if args.mode == "compile" and not args.topology:
         raise UserError("--mode=compile needs --topology=SLICE, such as v5p-1024, or cpu-8 for emulated devices")
-    for name, absent in (("json", False), ("flags", "own")):
+    for name, absent in (("json", False), ("search", False), ("flags", "own")):
         if getattr(args, name) != absent and args.mode != "compile":
             raise UserError(f"--{name} goes with --mode=compile, not --mode={args.mode}")
     for name in ("explain", "diff"):
@@ -239,6 +240,15 @@ def _compile(name: str, experiment, args: argparse.Namespace) -> int:
     hardware = devices if kind == "cpu" else find_slice(args.topology)
     if args.flags == "default":
         experiment = replace(experiment, train=replace(experiment.train, compiler_options=()))
+    if args.search:
+        if isinstance(hardware, int):
+            raise UserError(f"--search ranks by step time, which is not known of {args.topology}; take a TPU slice")
+        from axrepro.aot.search import search
+
+        tell = lambda trial: print(report.trial(trial), file=sys.stderr, flush=True)
+        trials = search(experiment, hardware, tell)
+        print(json.dumps([report.trial_summary(t) for t in trials]) if args.json else report.ranking(name, trials))
+        return 0
     found = forecast(experiment, hardware)
     print(json.dumps({"experiment": name, **report.summary(found)}) if args.json else report.text(name, found))
     return 0

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from axrepro.aot.forecast import Forecast
+from axrepro.aot.search import Trial
 from axrepro.train.describe import readable, table
 
 _SHOWN = 12  # collectives
@@ -106,3 +107,24 @@ def _arithmetic(figures: Mapping[str, float]) -> str:
     return (
         f"{done / 1e12:,.1f} TFLOP a device, of which {again / done if done else 0:.1%} done again in the backward pass"
     )
+
+
+def trial(one: Trial) -> str:
+    """A trial of a search in a line."""
+    settings = " ".join(f"{path.split('.')[-1]}={value}" for path, value in one.changes)
+    if one.forecast is None:
+        return f"        -  {settings}: {one.reason}"
+    return f"{one.seconds:8.3f} s, MFU {one.forecast.speed['mfu']:.1%}  {settings}"
+
+
+def trial_summary(one: Trial) -> dict[str, Any]:
+    """A trial of a search, for machines."""
+    figures = {"reason": one.reason} if one.forecast is None else summary(one.forecast)
+    return {"changes": dict(one.changes), **figures}
+
+
+def ranking(name: str, trials: list[Trial]) -> str:
+    """The trials of a search, the fastest first, and the overrides of the best."""
+    lines = [f"{name}: {len(trials)} settings by forecast step time", *map(trial, trials)]
+    fitting = [one for one in trials if one.forecast is not None]
+    return "\n".join([*lines, "", f"best: {fitting[0].line}" if fitting else "none of them fits"])
