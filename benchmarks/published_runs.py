@@ -290,8 +290,8 @@ RUNS = (
         for size, topology, rows, fsdp, model, remat, tflops in (
             ("32b", "v5p-128", 8, 16, 4, "products", 328),
             ("32b", "2xv5p-128", 8, 16, 4, "products", 319),
-            ("64b", "v5p-128", 4, 16, 4, "products", 323),
-            ("64b", "2xv5p-128", 4, 16, 4, "products", 309),
+            ("64b", "v5p-128", 3, 16, 4, "products", 323),
+            ("64b", "2xv5p-128", 3, 16, 4, "products", 309),
             ("128b", "v5p-256", 2, 16, 8, "products", 315),
             ("128b", "2xv5p-256", 2, 16, 8, "products", 305),
             ("512b", "v5p-1024", 2, 32, 16, "full", 294),
@@ -408,7 +408,6 @@ RUNS = (
             source=f"Llama3.1-70B-MaxText/{topology} in {_V6E_RECIPES} (jax 0.6.1)",
         )
         for topology, rows, seconds, tflops, flags in (
-            ("v6e-32", 2, 17.790, 443.385, _LLAMA3_70B_V6E + _NO_COLLECTIVE_MATMUL),
             ("v6e-64", 2, 18.688, 422.091, _LLAMA3_70B_V6E),
             ("v6e-128", 4, 34.786, 453.500, _LLAMA3_70B_V6E),
             ("v6e-256", 5, 42.656, 462.297, _LLAMA3_70B_V6E),
