@@ -2,9 +2,10 @@
 
 A device holds the arguments, the results that are not written over arguments, constants, and one block in which the
 compiler gave every temporary its place; what it compares with the device's capacity is their sum and the machine code.
-`compiled.memory_analysis()` agrees on arguments and results, and its `peak_memory_in_bytes` is `Memory.peak.bytes`
-(without constants). Of TPU programs its temporaries are more than the block (65.5 GiB for 47.0 of a 29B model on v5p):
-it adds what it takes for fragmentation to a size that has it already; the compiler's own check does not (libtpu 0.0.42).
+`compiled.memory_analysis()` agrees on arguments and results, on temporaries of CPU programs, and of TPU programs its
+`peak_memory_in_bytes` is `Memory.peak.bytes`. But it calls more than the block temporaries of TPU programs (65.5 GiB
+where the block of a 29B model on v5p has 47.0): it adds what the compiler takes for fragmentation, which the compiler
+does not do when it refuses a program (libtpu 0.0.42).
 """
 
 import re
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
 
+from axrepro.aot.work import plain, updated_in_place
 from axrepro.core.hlo import Instruction, Module, Source
 from axrepro.errors import UserError
 
@@ -31,7 +33,8 @@ class Buffer:
 
     Attributes:
       bytes: with padding.   shape: "bf16[32,4096]", "(...)" for a table of addresses.
-      name: the instruction that writes it, of a loop's carry that in its body.   op_name, source: where that is from.
+      name: the instruction that writes it, of a loop's carry that in its body.
+      op_name, source: where that is from; of copies and of what a loop stacks, where the copied or stacked is from.
     """
 
     bytes: int
@@ -177,14 +180,13 @@ def _peak(device: list[_Allocation], live_ranges: str, module: Module) -> Peak:
         elif allocation.parameter is not None:
             made = module.computations[module.entry].parameters[allocation.parameter]
             shape = re.search(r"shape \|(.*?)\|", allocation.notes)[1]
-            held.append(makers.buffer(allocation.bytes, shape, "argument", made))
+            held.append(makers.argument(allocation.bytes, shape, made))
         else:
-            value = allocation.values[0]
-            held.append(makers.buffer(allocation.bytes, value.shape, allocation.kind, makers.of(value)))
+            # the last of those that lie there; the constants of a comparison, or the like, have no range
+            value = max(allocation.values, key=lambda value: ranges.get((value.name, value.index), (0, 0))[1])
+            held.append(makers.buffer(allocation.bytes, allocation.kind, value))
     at, live = _fullest(lives)
-    found = held + [
-        makers.buffer(size, one.value.shape, "temporary", makers.of(one.value)) for size, one in _distinct(live) if size
-    ]
+    found = held + [makers.buffer(size, "temporary", one.value) for size, one in _distinct(live) if size]
     return Peak(
         bytes=sum(one.bytes for one in found),
         at=dict(_POSITION.findall(live_ranges)).get(str(at), ""),
@@ -219,7 +221,7 @@ def _distinct(live: Iterable[_Live]) -> list[tuple[int, _Live]]:
 
 
 class _Makers:
-    """Which instruction writes a value: what a loop carries is written in its body, not by the loop."""
+    """Who writes a value: what a loop carries is written in its body, not by the loop."""
 
     def __init__(self, module: Module):
         self.module = module
@@ -239,10 +241,19 @@ class _Makers:
             for name in loop.names(key)
         }
 
-    def of(self, value: _Value) -> Instruction | None:
-        instruction, index = self.by_name.get(value.name), value.index
+    def argument(self, size: int, shape: str, made: Instruction) -> Buffer:
+        return self._buffer(size, shape, "argument", made, made)
+
+    def buffer(self, size: int, kind: Kind, value: _Value) -> Buffer:
+        if value.name not in self.by_name:
+            return self._buffer(size, value.shape, kind, None, None)
+        made, index = self._maker(self.by_name[value.name], value.index)
+        return self._buffer(size, value.shape, kind, made, self._origin(made, index))
+
+    def _maker(self, instruction: Instruction, index: tuple[int, ...]) -> tuple[Instruction, tuple[int, ...]]:
+        """The instruction that writes a part of what one yields, and which part of its own that is."""
         seen = set()
-        while instruction is not None:
+        while True:
             loop = self.loops.get(instruction.name, instruction)
             if loop.opcode == "while":
                 entered = (loop.name, index) in seen  # the body hands it on as it is
@@ -257,15 +268,41 @@ class _Makers:
             elif instruction.opcode in ("bitcast", "opt-barrier", "add-dependency"):
                 instruction = self.by_name[instruction.operands[0]]
             else:
-                return instruction
-        return None
+                return instruction, index
 
-    def buffer(self, size: int, shape: str, kind: Kind, made: Instruction | None) -> Buffer:
+    def _origin(self, made: Instruction, index: tuple[int, ...]) -> Instruction:
+        """What an instruction only copies, or adds to a stack; else the instruction itself."""
+        seen = set()
+        while made.name not in seen:
+            seen.add(made.name)
+            source = self._stacked(made, index)
+            if source is None and not made.op_name and len(made.operands) == 1:
+                source = self.by_name[made.operands[0]]
+            if source is not None:
+                made, index = self._maker(source, ())
+        return made
+
+    def _stacked(self, made: Instruction, index: tuple[int, ...]) -> Instruction | None:
+        """What a fusion writes into a part of an array that it is given."""
+        if made.opcode != "fusion":
+            return None
+        callee = self.module.computations[made.names("calls")[0]]
+        output = (
+            callee.by_name[callee.root.operands[index[0]]] if callee.root.opcode == "tuple" and index else callee.root
+        )
+        if (update := updated_in_place(callee, output)) is None:
+            return None
+        piece = plain(callee, callee.by_name[update.operands[1]])
+        return self.by_name[made.operands[int(piece.literal)]] if piece.opcode == "parameter" else piece
+
+    def _buffer(
+        self, size: int, shape: str, kind: Kind, made: Instruction | None, origin: Instruction | None
+    ) -> Buffer:
         return Buffer(
             bytes=size,
             shape="(...)" if shape.startswith("(") else shape.partition("{")[0],
             kind=kind,
             name=made.name if made else "",
-            op_name=made.op_name if made else "",
-            source=self.module.source(made) if made else None,
+            op_name=origin.op_name if origin else "",
+            source=self.module.source(origin) if origin else None,
         )
