@@ -3,8 +3,10 @@
 `dense_tiny` is compiled for eight emulated CPU devices without being run, and trained for some steps in a process of
 its own. Printed, in bytes per device: arguments, forecast beside the shards of state and batch that lie on a device;
 temporaries, forecast beside those of the program that runs ("planned"), and beside what the process' resident memory
-rises by while a step runs, at its highest, over the devices. The latter is all that a step takes, also threads, copies in collectives and the workspace of libraries, which
-the compiler does not plan. `malloc` is told to return what it can, so that no step finds pages of the step before.
+rises by while a step runs, at its highest, over the devices ("resident"). The latter is all that a step takes, also
+threads, copies in collectives and the workspace of libraries, which the compiler does not plan: 8 rows of 256 tokens
+hold 1.07 of the forecast that way, and 1.0000 as planned. `malloc` is told to return what it can, so that no step finds
+pages of the step before.
 """
 
 import gc
