@@ -250,8 +250,16 @@ def _compile(name: str, experiment, args: argparse.Namespace) -> int:
         print(json.dumps([report.trial_summary(t) for t in trials]) if args.json else report.ranking(name, trials))
         return 0
     found = forecast(experiment, hardware)
-    print(json.dumps({"experiment": name, **report.summary(found)}) if args.json else report.text(name, found))
-    return 0
+    figures = {"experiment": name, **report.summary(found)}
+    lines = [report.text(name, found)]
+    if not found.fits:
+        from axrepro.aot.search import remedies
+
+        trials = remedies(experiment, hardware)
+        figures["remedies"] = [report.trial_summary(trial) for trial in trials]
+        lines += ["", "it does not fit; what would help:", *map(report.trial, trials)]
+    print(json.dumps(figures) if args.json else "\n".join(lines))
+    return 0 if found.fits else 3
 
 
 def _explain(entry, hardware: tuple[str, int, int], overrides: dict[str, str], path: str) -> str:

@@ -112,23 +112,21 @@ def _compile_into(experiment: Experiment, hardware: Slice | int, machine_code: b
 
     from axrepro.aot.slices import devices
     from axrepro.core.sharding import make_mesh
-    from axrepro.data import batch_shardings
     from axrepro.train import loop
     from axrepro.train.state import Program
 
     if isinstance(hardware, int):
         jax.config.update("jax_num_cpu_devices", hardware)
     found = jax.devices() if isinstance(hardware, int) else devices(hardware)
-    arrays = experiment.data.abstract()
-    experiment.method.check({name: array.shape for name, array in arrays.items()}, None)
+    experiment.method.check({name: array.shape for name, array in experiment.data.abstract().items()}, None)
     program = Program(experiment, make_mesh(experiment.mesh, found), "cpu" if isinstance(hardware, int) else "tpu")
     mesh = program.run_mesh
     places = [(getattr(d, "slice_index", 0) or 0, *getattr(d, "coords", (d.id,))) for d in mesh.devices.flat]
     capacity = None if isinstance(hardware, int) else _capacity(found[0])
     _write(folder / "layout.json", json.dumps({"mesh": dict(mesh.shape), "places": places, "capacity": capacity}))
-    shardings = batch_shardings(arrays, mesh, experiment.rules)
-    batch = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=shardings[name]) for name, a in arrays.items()}
-    compiled = loop.compile_step(program, batch, {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True})
+    compiled = loop.compile_step(
+        program, loop.abstract_batch(program), {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+    )
     if machine_code:
         from jax.experimental import serialize_executable
 
@@ -167,9 +165,9 @@ def _collect(process, folder: Path, machine_code: bool, start: float) -> Compile
         if (folder / "error.json").exists():
             error = json.loads((folder / "error.json").read_text())
             planned = next(folder.glob("*after_optimizations.txt"), None)
-            if error["kind"] != "memory" or planned is None or machine_code:
-                _fail(error)
-            return _compiled(folder, planned, start)
+            if error["kind"] == "memory" and planned is not None and not machine_code:
+                return _compiled(folder, planned, start)
+            _fail(error)
         if (folder / "program.txt").exists():
             return _compiled(folder, folder / "program.txt", start)
         noted = next(folder.glob("*after_optimizations_after_buffer_assignment.txt"), None)

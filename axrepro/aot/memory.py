@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from axrepro.aot.work import plain, updated_in_place
 from axrepro.core.hlo import Instruction, Module, Source
@@ -142,7 +142,7 @@ def read_memory(buffers: str, live_ranges: str, module: Module) -> Memory:
     # what is local to a thread is scratch inside of fused instructions
     allocations = [one for one in _allocations(buffers) if "thread-local" not in one.notes]
     device = [one for one in allocations if one.space == _DEVICE]
-    sizes = {kind: sum(one.bytes for one in device if one.kind == kind) for kind in Kind.__args__}
+    sizes = {kind: sum(one.bytes for one in device if one.kind == kind) for kind in get_args(Kind)}
     return Memory(
         arguments=sizes["argument"],
         outputs=sizes["output"],

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from axrepro.aot.compile import DoesNotFitError
 from axrepro.aot.forecast import Forecast, forecast
 from axrepro.aot.slices import Slice
 from axrepro.core.config import override, walk
@@ -23,8 +22,8 @@ class Trial:
     """One setting.
 
     Attributes:
-      changes: what it overrides, as (path, value).   forecast: None where there is none.
-      reason: why there is none: it does not fit, or mesh and experiment do not agree.
+      changes: what it overrides, as (path, value).
+      forecast: None where there is none, and `reason` is why: mesh and experiment do not agree.
     """
 
     changes: Changes
@@ -33,8 +32,10 @@ class Trial:
 
     @property
     def seconds(self) -> float:
-        """Of a step; infinite where there is none."""
-        return self.forecast.time.seconds if self.forecast is not None and self.forecast.time else math.inf
+        """Of a step; infinite where it is not known, or the step does not fit into memory."""
+        if self.forecast is None or self.forecast.time is None or not self.forecast.fits:
+            return math.inf
+        return self.forecast.time.seconds
 
     @property
     def line(self) -> str:
@@ -70,6 +71,14 @@ def search(
     for option in sorted(first, key=lambda option: first[option].seconds)[:_AGAIN]:
         attempt(_merged(best.changes, option))
     return sorted(tried.values(), key=speed)
+
+
+def remedies(experiment: Experiment, hardware: Slice | int) -> list[Trial]:
+    """What lets a step that does not fit use less memory, each alone and the first two together."""
+    recompute: Changes = (("train.remat", "full"),)
+    split: Changes = (("train.grad_accumulation", str(2 * experiment.train.grad_accumulation)),)
+    host: Changes = (("train.remat", "offload_input_qkvo"),)
+    return [_attempt(experiment, hardware, changes) for changes in (recompute, split, recompute + split, host)]
 
 
 def meshes(experiment: Experiment, hardware: Slice) -> Iterator[Changes]:
@@ -110,11 +119,9 @@ def _merged(changes: Changes, more: Changes) -> Changes:
     return tuple({**dict(changes), **dict(more)}.items())
 
 
-def _attempt(experiment: Experiment, hardware: Slice, changes: Changes) -> Trial:
+def _attempt(experiment: Experiment, hardware: Slice | int, changes: Changes) -> Trial:
     try:
         return Trial(changes=changes, forecast=forecast(override(experiment, dict(changes)), hardware))
-    except DoesNotFitError as error:
-        return Trial(changes=changes, reason=f"does not fit: {error}")
     except UserError as error:
         return Trial(changes=changes, reason=str(error))
 
