@@ -34,7 +34,7 @@ _SUMS = (
     "34.3 GB on every chip, none without; of moe_29b 23 of 34 with 93.7 of 114.3 GB, with 2 GB more temporaries"
 )
 _EXCHANGES = (
-    "work runs beside exchanges of tokens. All 6 of moe_29b with their 14.8 GB, none without, and 3 more gathers beside "
+    "work runs beside exchanges of tokens. All 6 of moe_29b with their 14.8 GB, and 3 more gathers beside "
     "them, with 4 GB more temporaries"
 )
 
