@@ -179,8 +179,8 @@ def _peak(device: list[_Allocation], live_ranges: str, module: Module) -> Peak:
             base += allocation.bytes
         elif allocation.parameter is not None:
             made = module.computations[module.entry].parameters[allocation.parameter]
-            shape = re.search(r"shape \|(.*?)\|", allocation.notes)[1]
-            held.append(makers.argument(allocation.bytes, shape, made))
+            shape = re.search(r"shape \|(.*?)\|", allocation.notes)
+            held.append(makers.argument(allocation.bytes, shape[1] if shape else "", made))
         else:
             # the last of those that lie there; the constants of a comparison, or the like, have no range
             value = max(allocation.values, key=lambda value: ranges.get((value.name, value.index), (0, 0))[1])
