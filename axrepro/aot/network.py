@@ -6,7 +6,8 @@ one other, so that links carry it on the way (scaling book, jax-ml.github.io/sca
 Between slices, bytes go over the data centre's network.
 """
 
-from collections.abc import Sequence
+import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,13 +28,18 @@ class Side:
 
     Attributes:
       axis: which.   size: how many chips of the group stand on a line along it.   ring: whether they form one.
-      crowd: how many groups share its links, whose chips stand between each other's.
+      stride: chips from one to the next; the links between them serve as many groups.
     """
 
     axis: int
     size: int
     ring: bool
-    crowd: int
+    stride: int
+
+    @property
+    def hops(self) -> int:
+        """To the farthest chip."""
+        return self.stride * self.size // 2 if self.ring else self.stride * (self.size - 1)
 
 
 @dataclass(frozen=True)
@@ -41,13 +47,18 @@ class Route:
     """How the devices of a group reach each other: along `sides` within a slice, and among how many `slices`.
 
     Attributes:
-      shift: of a permutation, (axis, chips that each goes along it), with its sign; the longest of its pairs.
+      size: devices of the group.   sharing: groups that have a device on the same chip (v7x, where a chip is two).
+      ways: of a permutation, (axis, +1 or -1) wherever it sends.   load: how many of its pairs the most loaded link
+        serves.   hops: of its longest pair.
     """
 
     sides: tuple[Side, ...]
     slices: int
     size: int
-    shift: tuple[tuple[int, int], ...] = ()
+    sharing: int = 1
+    ways: tuple[tuple[int, int], ...] = ()
+    load: int = 0
+    hops: int = 0
 
 
 @lru_cache(maxsize=1 << 10)
@@ -64,27 +75,31 @@ def route(groups: Groups, places: Places, hardware: Slice) -> Route:
         if len(on_line) > 1:
             stride = int(np.diff(on_line).min())
             whole = len(on_line) * stride == length
-            sides.append(Side(axis, len(on_line), ring=wraps and whole, crowd=stride))
-    return Route(tuple(sides), len(np.unique(where[:, 0])), len(groups[0]))
+            sides.append(Side(axis, len(on_line), ring=wraps and whole, stride=stride))
+    on_chip = len(where) // len(np.unique(where, axis=0))
+    sharing = CHIPS[hardware.kind].devices // on_chip
+    return Route(tuple(sides), len(np.unique(where[:, 0])), len(groups[0]), sharing)
 
 
 @lru_cache(maxsize=1 << 10)
 def shift(pairs: Groups, places: Places, hardware: Slice) -> Route:
-    """The route of a permutation."""
-    longest: tuple[tuple[int, int], ...] = ()
-    slices = 1
+    """The route of a permutation, axis after axis, the shorter way."""
+    links: Counter[tuple[tuple[int, ...], int, int]] = Counter()
+    slices, hops = 1, 0
     for source, target in pairs:
-        here, there = np.array(places[source]), np.array(places[target])
-        slices = max(slices, 1 + int(here[0] != there[0]))
-        steps = []
+        here, there = list(places[source]), places[target]
+        slices, far = max(slices, 1 + int(here[0] != there[0])), 0
         for axis, (length, wraps) in enumerate(zip(hardware.shape, hardware.wraps, strict=True)):
-            step = int(there[1 + axis] - here[1 + axis])
+            step = there[1 + axis] - here[1 + axis]
             if wraps and abs(step) > length // 2:
-                step -= int(np.sign(step)) * length
-            if step:
-                steps.append((axis, step))
-        longest = max(longest, tuple(steps), key=lambda steps: sum(abs(step) for _, step in steps))
-    return Route((), slices, 2, longest)
+                step -= length if step > 0 else -length
+            way, far = 1 if step > 0 else -1, far + abs(step)
+            for _ in range(abs(step)):
+                links[tuple(here), axis, way] += 1
+                here[1 + axis] = (here[1 + axis] + way) % length
+        hops = max(hops, far)
+    ways = tuple(sorted({(axis, way) for _, axis, way in links}))
+    return Route((), slices, 2, ways=ways, load=max(links.values(), default=0), hops=hops)
 
 
 def seconds(kind: str, size: float, over: Route, hardware: Slice) -> float:
@@ -94,38 +109,36 @@ def seconds(kind: str, size: float, over: Route, hardware: Slice) -> float:
       kind: "all-gather", ...   size: bytes of the whole array of one device (`Collective.bytes`).
     """
     chip = CHIPS[hardware.kind]
-    if kind in ("collective-permute", "collective-broadcast"):
-        hops = sum(abs(step) for _, step in over.shift)
+    if kind == "collective-permute":
         slow = size / ((chip.dcn_gbs or 1.0) * 1e9) if over.slices > 1 else 0.0
-        # a link carries what all chips send that lie so far before it
-        return slow + size * max((abs(step) for _, step in over.shift), default=0) / (chip.link_gbs * 1e9) + HOP * hops
+        return slow + size * over.load / (chip.link_gbs * 1e9) + HOP * over.hops
     within = over.size // over.slices
-    part = size
-    if over.slices > 1 and kind in ("all-gather", "reduce-scatter", "all-reduce"):
-        part = size / over.slices if kind != "all-reduce" else size
-    time = _within(kind, part, over.sides, within, chip.link_gbs * 1e9)
+    time = _within(kind, size, over, chip.link_gbs * 1e9)
     if over.slices > 1:
         # each chip sends its own part: what has been reduced, or is yet to be gathered, within the slice
         crossing = {"all-reduce": 2 * size / within, "all-to-all": size}.get(kind, size / within)
         time += crossing * (over.slices - 1) / over.slices / ((chip.dcn_gbs or 1.0) * 1e9)
-    hops = sum(side.size // 2 if side.ring else side.size - 1 for side in over.sides)
+    hops = sum(side.hops for side in over.sides)
     return time + HOP * max(hops, 1) * (2 if kind == "all-reduce" else 1)
 
 
-def _within(kind: str, size: float, sides: Sequence[Side], devices: int, link: float) -> float:
+def _within(kind: str, size: float, over: Route, link: float) -> float:
     """Inside one slice."""
-    if devices < 2 or not sides:
+    if not over.sides:
         return 0.0
+    chips = math.prod(side.size for side in over.sides)
     if kind in ("all-to-all", "ragged-all-to-all"):
-        return max(size * side.size * side.crowd / (8 if side.ring else 4) for side in sides) / link
-    ways = sum((2 if side.ring else 1) / side.crowd for side in sides)
-    passes = 2 if kind == "all-reduce" else 1
-    return passes * size * (devices - 1) / devices / (ways * link)
+        # of a line's pairs those that pass its middle; a ring has half as many, and half of them go either way
+        middle = max((s.size**2 - s.size % 2) / (8 if s.ring else 4) / s.size * s.stride for s in over.sides)
+        return size * over.size / over.slices / chips * over.sharing * middle / link
+    ways = sum((2 if side.ring else 1) / side.stride for side in over.sides)
+    share = 1.0 if kind == "collective-broadcast" else (chips - 1) / chips
+    return (2 if kind == "all-reduce" else 1) * size * share * over.sharing / (ways * link)
 
 
 def resources(over: Route) -> tuple[str, ...]:
     """What a collective occupies, by axis and direction: two that share one wait for each other."""
     network = ("network",) if over.slices > 1 else ()
-    if over.shift:
-        return (*(f"axis {axis}{'+' if step > 0 else '-'}" for axis, step in over.shift), *network)
+    if over.ways:
+        return (*(f"axis {axis}{'+' if way > 0 else '-'}" for axis, way in over.ways), *network)
     return (*(f"axis {side.axis}{way}" for side in over.sides for way in "+-"), *network)
