@@ -120,13 +120,15 @@ class _Clock:
 
     def tree(self) -> _Body:
         """The program by loops."""
+        trips = {(*loop.path, loop.body): loop.entered * (loop.trips or 1) for loop in self._program.loops}
         root = _Body(self._program.module.entry, 1, [])
         open_ = [root]
         for one in self._program.instructions:
             while [body.name for body in open_] != list(one.path[: len(open_)]):
                 open_.pop()
             while len(open_) < len(one.path):
-                body = _Body(one.path[len(open_)], one.trips, [])
+                path = one.path[: len(open_) + 1]
+                body = _Body(path[-1], trips.get(path, open_[-1].trips), [])
                 open_[-1].items.append(body)
                 open_.append(body)
             open_[-1].items.append(one)
@@ -222,9 +224,9 @@ def _shares(chip: Chip) -> int:
 def _attention_flops(program: Program, one: Executed) -> float:
     """FLOPs of a splash attention kernel, 0 for anything else: those of the blocks that its mask leaves.
 
-    The first operand of three dimensions tells the blocks: one entry for each. A kernel that computes its mask takes
-    positions of queries besides: with a window its grid is as narrow as that, without one it is causal, and leaves out
-    half of the blocks off the diagonal.
+    The sizes of blocks stand in its notes. The first operand of three dimensions has an entry for each step of the grid;
+    with a window the grid is as narrow as that. A kernel that computes its mask takes positions of queries, as a matrix
+    of whole numbers; those of segments come in pairs. Where the mesh splits the queries, this is a device's mean.
     """
     found = _KERNEL.search(one.instruction.op_name)
     if found is None or not one.opaque:
@@ -232,15 +234,23 @@ def _attention_flops(program: Program, one: Executed) -> float:
     shapes = _operands(program, one)
     queries, keys, values = [shape for shape in shapes if len(shape.dims) >= 3 and shape.dtype not in ("s8", "s32")][:3]
     along_keys, along_values = _PRODUCTS[found[1]]
-    rows = queries.size // queries.dims[-1]
-    flops = 2.0 * rows * keys.dims[-2] * (along_keys * keys.dims[-1] + along_values * values.dims[-1])
-    blocks = next((shape.dims[-2:] for shape in shapes if shape.dtype == "s8" and len(shape.dims) == 3), None)
-    masked = any(shape.dtype == "s32" and len(shape.dims) == 2 for shape in shapes)
-    if blocks is None or not masked:
+    length, kind = keys.dims[-2], "" if found[1] == "fwd" else f"_{found[1]}"
+    flops = 2.0 * (queries.size // queries.dims[-1]) * length
+    flops *= along_keys * keys.dims[-1] + along_values * values.dims[-1]
+    grid = next((shape.dims for shape in shapes if shape.dtype == "s8" and len(shape.dims) == 3), None)
+    notes = one.instruction.attributes.get("frontend_attributes", "")
+    high, wide = (re.search(rf'"block_{side}{kind}\W+(\d+)', notes) for side in ("q", "kv"))
+    masked = sum(shape.dtype == "s32" and len(shape.dims) == 2 for shape in shapes) % 2
+    if grid is None or high is None or wide is None or not masked:
         return flops
-    rows, columns = blocks if found[1] != "dkv" else blocks[::-1]
-    whole = keys.dims[-2] // (queries.dims[-2] // rows)  # columns, were no block left out; they are as wide as rows
-    return flops * (columns / whole if columns < whole else (rows + 1) / (2 * rows))
+    height, width = int(high[1]), int(wide[1])
+    rows, columns = length // height, length // width
+    if found[1] == "dkv":
+        most = grid[-2] if grid[-2] < queries.dims[-2] // height else rows
+        blocks = sum(min(most, rows - column * width // height) for column in range(columns))
+    else:
+        blocks = sum(min(grid[-1], -(-(row + 1) * height // width)) for row in range(rows))
+    return flops * blocks / (rows * columns)
 
 
 def _operands(program: Program, one: Executed) -> Sequence[Shape]:

@@ -154,13 +154,14 @@ ROUTES = [
 @pytest.mark.parametrize(("of", "along", "hops"), ROUTES)
 def test_a_gather_takes_as_many_rounds_as_pieces_need_on_the_links(of, along, hops):
     among = groups(of, **along)
-    pieces = 3 if len(among[0]) < 64 else 2
+    pieces = 2
     piece = SIZE / len(among[0]) / pieces
     simulated = gather_rounds(of, among, pieces) * piece / bandwidth(of)
     found = taken("all-gather", among, of) - latency(hops)
     # a schedule can only be slower than the bound, and the last rounds do not use all links
     assert found <= simulated * (1 + 1e-9)
-    assert simulated <= found * 1.34 + 2 * piece / bandwidth(of)
+    competing = any(stride > 1 for _, stride in along.values())  # for links, which pieces then do not share evenly
+    assert simulated <= found * (1.2 if competing else 1.07)
     # a reduction is a gather backwards in time, and an all-reduce is both
     assert taken("reduce-scatter", among, of) == pytest.approx(found + latency(hops))
     assert taken("all-reduce", among, of) == pytest.approx(2 * (found + latency(hops)))
