@@ -53,6 +53,8 @@ def search(
 
     Args:
       experiment: with mesh rule and overrides applied.   report: is told each trial as it ends.
+    Raises:
+      UserError: if there is no forecast of the settings as they are.
     """
     tried: dict[Changes, Trial] = {}
 
@@ -64,6 +66,8 @@ def search(
 
     speed = lambda trial: trial.seconds
     best = attempt(_own(experiment, hardware))
+    if best.forecast is None:
+        raise UserError(best.reason)
     first = {option: attempt(_merged(best.changes, option)) for option in meshes(experiment, hardware)}
     best = min(best, *first.values(), key=speed)
     for kind in (remats, microbatches):

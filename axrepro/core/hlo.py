@@ -117,7 +117,7 @@ class Instruction:
     def metadata(self) -> Mapping[str, str]:
         """Where it comes from: op_name, stack_frame_id or source_file and source_line."""
         found = re.findall(r'(\w+)=("(?:[^"\\]|\\.)*"|[^\s}]+)', self.attributes.get("metadata", ""))
-        return {key: value.strip('"') for key, value in found}
+        return {key: value.strip('"').replace("\\'", "'") for key, value in found}
 
     @property
     def op_name(self) -> str:
