@@ -56,7 +56,9 @@ def search(
     Raises:
       UserError: if there is no forecast of the settings as they are.
     """
-    tried: dict[Changes, Trial] = {}
+    own = _own(experiment, hardware)
+    best = Trial(changes=own, forecast=forecast(experiment, hardware))
+    tried: dict[Changes, Trial] = {own: best}
 
     def attempt(changes: Changes) -> Trial:
         if changes not in tried:
@@ -65,9 +67,7 @@ def search(
         return tried[changes]
 
     speed = lambda trial: trial.seconds
-    best = attempt(_own(experiment, hardware))
-    if best.forecast is None:
-        raise UserError(best.reason)
+    report(best)
     first = {option: attempt(_merged(best.changes, option)) for option in meshes(experiment, hardware)}
     best = min(best, *first.values(), key=speed)
     for kind in (remats, microbatches):

@@ -54,7 +54,7 @@ def hop(of: Slice, chip: Chip, axis: int, way: int) -> Chip | None:
 
 
 def loads(of: Slice, messages: list[tuple[int, int, float]]) -> dict[tuple[Chip, Chip], float]:
-    """Bytes on every directed link: axis after axis, the shorter way, half of them either way where both are as long."""
+    """Bytes on every directed link: axis after axis, the shorter way, or both by halves where they are as long."""
     found: dict[tuple[Chip, Chip], float] = defaultdict(float)
     where = chips(of)
     for source, target, size in messages:
@@ -271,7 +271,8 @@ def occupied(among, of: Slice) -> set[str]:
 
 def test_collectives_along_disjoint_axes_share_nothing():
     x, yz = groups(TORUS, x=(4, 1)), groups(TORUS, y=(4, 1), z=(4, 1))
-    assert occupied(x, TORUS) and occupied(yz, TORUS)
+    assert occupied(x, TORUS)
+    assert occupied(yz, TORUS)
     assert occupied(x, TORUS).isdisjoint(occupied(yz, TORUS))
     assert not occupied(yz, TORUS).isdisjoint(occupied(groups(TORUS, z=(4, 1)), TORUS))
 
@@ -299,7 +300,8 @@ def test_any_split_of_the_devices_is_routed_in_finite_time():
         size = math.prod(size for size, _ in along.values())
         assert {len(group) for group in among} == {size}
         gathered, summed = (taken(kind, among, TORUS) for kind in ("all-gather", "all-reduce"))
-        assert 0 < gathered < math.inf and summed == pytest.approx(2 * gathered)
+        assert 0 < gathered < math.inf
+        assert summed == pytest.approx(2 * gathered)
         messages = [(a, b, SIZE / size) for group in among for a in group for b in group]
         worst = max(loads(TORUS, messages).values(), default=0.0) / bandwidth(TORUS)
         hops = network.HOP * 3 * 3

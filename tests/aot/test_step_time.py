@@ -113,19 +113,24 @@ def test_a_large_product_takes_as_long_as_its_arithmetic():
 
 
 def test_a_product_of_few_rows_takes_as_long_as_its_bytes():
-    found = timed(entry(f"""
+    found = timed(
+        entry(f"""
         %few = {LOW} slice(%x), slice={{[0:8], [0:4096]}}
-        ROOT %a = {LOW} convolution(%few, %y), dim_labels=bf_io->bf"""))
+        ROOT %a = {LOW} convolution(%few, %y), dim_labels=bf_io->bf""")
+    )
     row = BYTES / 512
-    assert 2 * 8 * 4096**2 / RATE < (BYTES + 2 * row) / MEMORY
-    assert told(found) == pytest.approx({"other compute": 2 * row / MEMORY, "matrix products": (BYTES + 2 * row) / MEMORY})
+    took = (BYTES + 2 * row) / MEMORY
+    assert took > 2 * 8 * 4096**2 / RATE
+    assert told(found) == pytest.approx({"other compute": 2 * row / MEMORY, "matrix products": took})
 
 
 def test_what_lies_in_the_fast_memory_costs_no_bandwidth():
     slow = timed(entry(f"ROOT %a = {WIDE} add(%x, %y)"))
-    quick = timed(entry(f"""
+    quick = timed(
+        entry(f"""
         %near = {FAST} add(%x, %y)
-        ROOT %a = {FAST} add(%near, %near)"""))
+        ROOT %a = {FAST} add(%near, %near)""")
+    )
     assert slow.seconds == pytest.approx(3 * BYTES / MEMORY)
     assert quick.seconds == pytest.approx(2 * BYTES / MEMORY)
 
@@ -177,14 +182,15 @@ def test_loops_in_loops_multiply_also_where_the_outer_starts_with_the_inner():
     outer = counted(loop("inner", "p.x") + "\n" + product("next", "inner.end", "inner.end"), 5, "outer", inner)
     found = timed(entry(f"{loop('outer')}\nROOT {product('a', 'outer.end', 'y')}", outer))
     assert found.parts["matrix products"] == pytest.approx((5 * (3 + 1) + 1) * PRODUCT)
-    assert [found.passes[name].parts["matrix products"] / PRODUCT for name in ("inner", "outer")] == pytest.approx([1, 4])
+    each = [found.passes[name].parts["matrix products"] for name in ("inner", "outer")]
+    assert each == pytest.approx([PRODUCT, 4 * PRODUCT])
     trips = [event.trips for name in ("main", "outer") for event in found.passes[name].events if event.part == "loop"]
     assert trips == [5, 3]
 
 
 def test_a_collective_waits_for_what_a_product_does_not_hide():
     start, end = gathered("g")
-    quarter = f"%few = bf16[1024,4096]{{1,0:T(8,128)(2,1)}} slice(%y), slice={{[0:1024], [0:4096]}}"
+    quarter = "%few = bf16[1024,4096]{1,0:T(8,128)(2,1)} slice(%y), slice={[0:1024], [0:4096]}"
     short = "%a = bf16[1024,4096]{1,0:T(8,128)(2,1)} convolution(%few, %y), dim_labels=bf_io->bf"
     found = timed(entry(f"{SHARD}\n{quarter}\n{start}\n{short}\n{end}\nROOT {product('b', 'g')}"))
     assert PRODUCT / 4 < GATHER
@@ -216,10 +222,12 @@ def test_the_second_of_two_collectives_waits_for_links_that_both_use(second, tog
 
 
 def test_a_synchronous_collective_stops_the_core():
-    found = timed(entry(f"""
+    found = timed(
+        entry(f"""
         {product("a")}
         %sum = {WIDE} all-reduce(%a), replica_groups={PAIRS["expert"]}, to_apply=%add
-        ROOT {product("b", "sum")}"""))
+        ROOT {product("b", "sum")}""")
+    )
     assert told(found) == pytest.approx({"matrix products": 2 * PRODUCT, "waiting: all-reduce over expert": SUM})
     assert [event.start for event in found.passes["main"].events] == pytest.approx([0, PRODUCT, PRODUCT + SUM])
 
@@ -310,8 +318,9 @@ def test_attention_kernels_compute_the_blocks_that_their_mask_leaves(attending, 
     for mask in MASKS:
         blocks = 0
         for row, column in itertools.product(range(LENGTH // BLOCK), repeat=2):
-            pairs = itertools.product(range(row * BLOCK, (row + 1) * BLOCK), range(column * BLOCK, (column + 1) * BLOCK))
-            blocks += any((not mask.causal or k <= q) and (mask.window is None or q - k < mask.window) for q, k in pairs)
+            spans = (range(place * BLOCK, (place + 1) * BLOCK) for place in (row, column))
+            seen = lambda q, k, mask=mask: (k <= q or not mask.causal) and (not mask.window or q - k < mask.window)
+            blocks += any(seen(q, k) for q, k in itertools.product(*spans))
         expected.append(blocks * HEADS * products * 2 * BLOCK * BLOCK * DIM)
     assert len(set(expected)) == 3
     read, _ = attending
