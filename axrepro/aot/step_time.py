@@ -226,7 +226,7 @@ def _attention_flops(program: Program, one: Executed) -> float:
 
     The sizes of blocks stand in its notes. The first operand of three dimensions has an entry for each step of the
     grid; with a window the grid is as narrow as that. A kernel that computes its mask takes positions of queries, as a
-    matrix of whole numbers; those of segments come in pairs. Where the mesh splits the queries, this is a device's mean.
+    matrix of whole numbers; those of segments come in pairs. Where the mesh splits queries, this is a device's mean.
     """
     found = _KERNEL.search(one.instruction.op_name)
     if found is None or not one.opaque:

@@ -99,20 +99,14 @@ def test_the_figures_of_a_slice_agree_with_each_other(compiler, capsys):
 LARGE = {"train.remat": "none", "data.batch_size": "65536", "data.sequence_length": "256"}
 
 
-def test_a_step_with_more_logits_than_memory_does_not_fit(compiler):
-    found = forecast(override(tiny("v6e-4"), LARGE), SQUARE)
-    logits = 65536 // 4 * 256 * 264 * 2
-    assert not found.fits
-    assert found.memory.total > found.compiled.capacity
-    assert found.memory.peak.buffers[0].bytes >= logits
-
-
 @pytest.mark.slow  # five programs
 def test_a_step_that_does_not_fit_ends_with_code_3_and_what_would_help(compiler, capsys):
     code, out = run(capsys, "--topology=v6e:2x2", "--json", *(f"--{path}={value}" for path, value in LARGE.items()))
     figures = json.loads(out)
     assert code == 3
     assert not figures["memory"]["fits"]
+    assert figures["memory"]["total"] > figures["memory"]["capacity"]
+    assert figures["memory"]["largest"][0]["bytes"] >= 65536 // 4 * 256 * 264 * 2  # logits
     changes = [trial["changes"] for trial in figures["remedies"]]
     assert len(changes) == len({json.dumps(one) for one in changes}) == 4
     assert {"train.remat": "full"} in changes
