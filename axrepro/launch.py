@@ -47,6 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--explain", metavar="PATH", help="describe where the value of a field, or a group, comes from")
     parser.add_argument("--diff", metavar="OTHER", help="describe how OTHER differs: fields, parameters, FLOPs, bytes")
     parser.add_argument("--json", action="store_true", help="compile: print the report for machines")
+    parser.add_argument(
+        "--html", metavar="FILE", help="compile: write the report as a page, with a picture of the step"
+    )
     parser.add_argument("--flags", choices=FLAGS, default="own", help="compile: with the run's compiler flags, or none")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where it is not detected")
     parser.add_argument("--num_processes", type=int, metavar="N", help="with --coordinator")
@@ -77,7 +80,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
             raise UserError(f"--{name}={value} must be at least {least}")
     if args.devices is not None and args.devices > _MOST_DEVICES:
         raise UserError(f"--devices={args.devices} must be at most {_MOST_DEVICES}; --topology describes larger slices")
-    if empty := [name for name in ("workdir", "topology", "coordinator") if getattr(args, name) == ""]:
+    if empty := [name for name in ("workdir", "topology", "html", "coordinator") if getattr(args, name) == ""]:
         raise UserError(f"--{empty[0]}= is empty; give it a value, or leave it out")
     if not args.list and not args.experiment:
         raise UserError("--experiment=NAME is missing; --list prints the names")
@@ -85,7 +88,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         raise UserError(f"--topology goes with --mode=describe and --mode=compile, not --mode={args.mode}")
     if args.mode == "compile" and not args.topology:
         raise UserError("--mode=compile needs --topology=SLICE, such as v5p-1024, or cpu-8 for emulated devices")
-    for name, absent in (("json", False), ("flags", "own")):
+    for name, absent in (("json", False), ("html", None), ("flags", "own")):
         if getattr(args, name) != absent and args.mode != "compile":
             raise UserError(f"--{name} goes with --mode=compile, not --mode={args.mode}")
     for name in ("explain", "diff"):
@@ -226,6 +229,29 @@ def _evaluate(name: str, experiment, workdir: str) -> int:
     return 0
 
 
+def _write_page(file: str, text: str | None) -> None:
+    """Writes a file whole or not at all; without text, only sees whether it could.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    path = Path(file)
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"--html={file} is not a file; name one to write the page to")
+        scratch = path.with_name(f"{path.name}.new")
+        try:
+            scratch.write_text(text or "", encoding="utf-8")
+            if text is not None:
+                os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write --html={file}: {error.strerror}; name a file in a folder that exists and can be written"
+        ) from None
+
+
 def _compile(name: str, experiment, args: argparse.Namespace) -> int:
     import json
     from dataclasses import replace
@@ -237,9 +263,19 @@ def _compile(name: str, experiment, args: argparse.Namespace) -> int:
 
     kind, devices, _ = parse_topology(args.topology)
     hardware = devices if kind == "cpu" else find_slice(args.topology)
+    if args.html and kind == "cpu":
+        raise UserError(
+            f"--html draws times, which are not told for {args.topology}; name a TPU slice, or leave it out"
+        )
     if args.flags == "default":
         experiment = replace(experiment, train=replace(experiment.train, compiler_options=()))
+    if args.html:
+        _write_page(args.html, None)  # a wrong name shall not cost a compilation
     found = forecast(experiment, hardware)
+    if args.html:
+        from axrepro.aot.page import html
+
+        _write_page(args.html, html(name, found))
     print(json.dumps({"experiment": name, **report.summary(found)}) if args.json else report.text(name, found))
     return 0
 
