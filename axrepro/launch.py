@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--html", metavar="FILE", help="compile: write the report as a page, with a picture of the step"
     )
+    parser.add_argument("--search", action="store_true", help="compile: try meshes, remat policies and microbatches")
     parser.add_argument("--flags", choices=FLAGS, default="own", help="compile: with the run's compiler flags, or none")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where it is not detected")
     parser.add_argument("--num_processes", type=int, metavar="N", help="with --coordinator")
@@ -88,9 +89,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         raise UserError(f"--topology goes with --mode=describe and --mode=compile, not --mode={args.mode}")
     if args.mode == "compile" and not args.topology:
         raise UserError("--mode=compile needs --topology=SLICE, such as v5p-1024, or cpu-8 for emulated devices")
-    for name, absent in (("json", False), ("html", None), ("flags", "own")):
+    for name, absent in (("json", False), ("html", None), ("search", False), ("flags", "own")):
         if getattr(args, name) != absent and args.mode != "compile":
             raise UserError(f"--{name} goes with --mode=compile, not --mode={args.mode}")
+    if args.html and args.search:
+        raise UserError("--html is about one forecast and --search makes many; give one of them")
     for name in ("explain", "diff"):
         if getattr(args, name) is not None and args.mode != "describe":
             raise UserError(f"--{name} goes with --mode=describe, not --mode={args.mode}")
@@ -269,6 +272,15 @@ def _compile(name: str, experiment, args: argparse.Namespace) -> int:
         )
     if args.flags == "default":
         experiment = replace(experiment, train=replace(experiment.train, compiler_options=()))
+    if args.search:
+        if isinstance(hardware, int):
+            raise UserError(f"--search ranks by step time, which is not known of {args.topology}; take a TPU slice")
+        from axrepro.aot.search import search
+
+        tell = lambda trial: print(report.trial(trial), file=sys.stderr, flush=True)
+        trials = search(experiment, hardware, tell)
+        print(json.dumps([report.trial_summary(t) for t in trials]) if args.json else report.ranking(name, trials))
+        return 0
     if args.html:
         _write_page(args.html, None)  # a wrong name shall not cost a compilation
     found = forecast(experiment, hardware)
@@ -276,8 +288,16 @@ def _compile(name: str, experiment, args: argparse.Namespace) -> int:
         from axrepro.aot.page import html
 
         _write_page(args.html, html(name, found))
-    print(json.dumps({"experiment": name, **report.summary(found)}) if args.json else report.text(name, found))
-    return 0
+    figures = {"experiment": name, **report.summary(found)}
+    lines = [report.text(name, found)]
+    if not found.fits:
+        from axrepro.aot.search import remedies
+
+        trials = remedies(experiment, hardware)
+        figures["remedies"] = [report.trial_summary(trial) for trial in trials]
+        lines += ["", "it does not fit; what would help:", *map(report.trial, trials)]
+    print(json.dumps(figures) if args.json else "\n".join(lines))
+    return 0 if found.fits else 3
 
 
 def _explain(entry, hardware: tuple[str, int, int], overrides: dict[str, str], path: str) -> str:

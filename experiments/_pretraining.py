@@ -4,15 +4,8 @@ from axrepro.data import Bytes, PythonStdlib, SentencePiece, Text, TextFiles
 from axrepro.methods.language_model import LanguageModel
 from axrepro.models.causal_lm import CausalLM
 from axrepro.optim import AdamW, Cosine, Optimizer
+from axrepro.train.compiler_flags import flags
 from axrepro.train.experiment import Checkpointing, Evaluation, Experiment, MeshRule, Train
-
-# Overlap of weight gathers with compute; by default this compiler lowers them as masked all-reduces.
-_TPU_OPTIONS = (
-    ("xla_tpu_enable_async_collective_fusion", "true"),
-    ("xla_tpu_enable_async_collective_fusion_fuse_all_gather", "true"),
-    ("xla_tpu_prefer_async_allgather_to_allreduce", "true"),
-    ("xla_enable_async_all_gather", "true"),
-)
 
 
 def mesh_rules(expert: int = 1, remat: str = "qkvo") -> tuple[MeshRule, ...]:
@@ -22,17 +15,17 @@ def mesh_rules(expert: int = 1, remat: str = "qkvo") -> tuple[MeshRule, ...]:
       remat: what the chips with most memory keep; the others keep only the inputs of the blocks.
     """
 
-    def rule(match: str, remat: str, options: tuple = ()) -> MeshRule:
+    def rule(kind: str, remat: str) -> MeshRule:
         mesh = (("mesh.data", 1), ("mesh.fsdp", -1), ("mesh.expert", expert))
-        return MeshRule(match, (*mesh, ("train.remat", remat), ("train.compiler_options", options)))
+        return MeshRule(f"{kind}-.*", (*mesh, ("train.remat", remat), ("train.compiler_options", flags(kind))))
 
     return (
-        rule("v4-.*", "full", _TPU_OPTIONS),
-        rule("v5e-.*", "full", _TPU_OPTIONS),
-        rule("v5p-.*", remat, _TPU_OPTIONS),
-        rule("v6e-.*", "full", _TPU_OPTIONS),
-        rule("h100-.*", "full"),
-        rule("h200-.*", remat),
+        rule("v4", "full"),
+        rule("v5e", "full"),
+        rule("v5p", remat),
+        rule("v6e", "full"),
+        rule("h100", "full"),
+        rule("h200", remat),
     )
 
 

@@ -135,7 +135,7 @@ def collectives(module: Module, executed: Sequence[Executed], mesh_axes: Mapping
                 source=span.start.source or module.source(inner),
                 bytes=_payload(inner, home),
                 groups=groups,
-                axes=_axes(groups, tuple(within.items())),
+                axes=axes_of(groups, tuple(within.items())),
                 trips=span.start.trips,
                 span=span,
             )
@@ -293,7 +293,7 @@ def _numbered(text: str) -> np.ndarray:
 
 
 @lru_cache(maxsize=1 << 12)
-def _axes(groups: Groups, mesh_axes: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
+def axes_of(groups: Groups, mesh_axes: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
     """The axes along which devices of a group differ."""
     shape = tuple(size for _, size in mesh_axes)
     spanned = np.zeros(len(shape), bool)

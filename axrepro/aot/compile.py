@@ -8,6 +8,7 @@ as long and is made only on demand. Until then one thing stays open: whether eac
 import json
 import multiprocessing
 import os
+import re
 import tempfile
 import time
 import traceback
@@ -32,6 +33,8 @@ class Compiled:
       text: the optimised and scheduled program.   buffers, live_ranges: where and when each of its values is in memory;
         "" if the compiler did not say.
       mesh: devices per mesh axis.   places: per device, in the order of the mesh, (slice, coordinates on its torus).
+      capacity: bytes of a device's memory that a program may take; None of CPUs. What the step needs (see
+        `axrepro.aot.memory`) can be more: the compiler then stops once it has planned the memory.
       seconds: what the compiler took.   executable: serialised; None unless machine code was asked for.
     """
 
@@ -40,12 +43,13 @@ class Compiled:
     live_ranges: str = field(repr=False)
     mesh: Mapping[str, int]
     places: tuple[tuple[int, ...], ...] = field(repr=False)
+    capacity: int | None
     seconds: float
     executable: bytes | None = field(default=None, repr=False)
 
 
 class DoesNotFitError(RuntimeError):
-    """The step needs more memory than a device has. `text` is what the compiler says of it."""
+    """There is no program, since it needs more memory than a device has. `text` is what the compiler says of it."""
 
     def __init__(self, text: str):
         super().__init__(text.split("\n")[0])
@@ -53,14 +57,14 @@ class DoesNotFitError(RuntimeError):
 
 
 def compile_step(experiment: Experiment, hardware: Slice | int, machine_code: bool = False) -> Compiled:
-    """Compiles the step that `train` would run; no array is made.
+    """Compiles the step that `train` would run; no array is made. Without machine code it need not fit into memory.
 
     Args:
       experiment: with mesh rule and overrides applied.   hardware: a slice, or a number of emulated CPU devices.
       machine_code: whether to end with a program that the hardware can load.
     Raises:
       UserError: if experiment, mesh and hardware do not fit, or the compiler is not installed.
-      DoesNotFitError: if the step needs more memory than there is.
+      DoesNotFitError: if machine code was asked for and the step needs more memory than there is.
     """
     with (
         tempfile.TemporaryDirectory(prefix="axrepro_compile_") as folder,
@@ -108,28 +112,42 @@ def _compile_into(experiment: Experiment, hardware: Slice | int, machine_code: b
 
     from axrepro.aot.slices import devices
     from axrepro.core.sharding import make_mesh
-    from axrepro.data import batch_shardings
     from axrepro.train import loop
     from axrepro.train.state import Program
 
     if isinstance(hardware, int):
         jax.config.update("jax_num_cpu_devices", hardware)
     found = jax.devices() if isinstance(hardware, int) else devices(hardware)
-    arrays = experiment.data.abstract()
-    experiment.method.check({name: array.shape for name, array in arrays.items()}, None)
+    experiment.method.check({name: array.shape for name, array in experiment.data.abstract().items()}, None)
     program = Program(experiment, make_mesh(experiment.mesh, found), "cpu" if isinstance(hardware, int) else "tpu")
     mesh = program.run_mesh
     places = [(getattr(d, "slice_index", 0) or 0, *getattr(d, "coords", (d.id,))) for d in mesh.devices.flat]
-    _write(folder / "layout.json", json.dumps({"mesh": dict(mesh.shape), "places": places}))
-    shardings = batch_shardings(arrays, mesh, experiment.rules)
-    batch = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=shardings[name]) for name, a in arrays.items()}
-    compiled = loop.compile_step(program, batch, {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True})
+    capacity = None if isinstance(hardware, int) else _capacity(found[0])
+    _write(folder / "layout.json", json.dumps({"mesh": dict(mesh.shape), "places": places, "capacity": capacity}))
+    compiled = loop.compile_step(
+        program, loop.abstract_batch(program), {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+    )
     if machine_code:
         from jax.experimental import serialize_executable
 
         payload, _, _ = serialize_executable.serialize(compiled)
         (folder / "executable").write_bytes(payload)
     _write(folder / "program.txt", compiled.as_text())
+
+
+def _capacity(device) -> int:
+    """Told, to 5 MiB, where the compiler refuses a program that takes more than any device has."""
+    import jax
+    import jax.numpy as jnp
+
+    array = jax.ShapeDtypeStruct((2**40,), jnp.int8, sharding=jax.sharding.SingleDeviceSharding(device))
+    try:
+        jax.jit(jnp.negative).lower(array).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (found := re.search(r"exceeds available HBM \(([\d.]+)G\)", str(error))) is None:
+            raise
+        return int(float(found[1]) * 2**30)
+    raise RuntimeError(f"a {device.device_kind} with more than 2 TiB of memory?")
 
 
 def _write(path: Path, text: str) -> None:
@@ -145,7 +163,11 @@ def _collect(process, folder: Path, machine_code: bool, start: float) -> Compile
     while True:
         ended = not process.is_alive()
         if (folder / "error.json").exists():
-            _fail(json.loads((folder / "error.json").read_text()))
+            error = json.loads((folder / "error.json").read_text())
+            planned = next(folder.glob("*after_optimizations.txt"), None)
+            if error["kind"] == "memory" and planned is not None and not machine_code:
+                return _compiled(folder, planned, start)
+            _fail(error)
         if (folder / "program.txt").exists():
             return _compiled(folder, folder / "program.txt", start)
         noted = next(folder.glob("*after_optimizations_after_buffer_assignment.txt"), None)
@@ -176,6 +198,7 @@ def _compiled(folder: Path, program: Path, start: float) -> Compiled:
         live_ranges=read("live-range"),
         mesh=layout["mesh"],
         places=tuple(map(tuple, layout["places"])),
+        capacity=layout["capacity"],
         seconds=time.monotonic() - start,
         executable=executable.read_bytes() if executable.exists() else None,
     )

@@ -7,6 +7,7 @@ from functools import cached_property
 from axrepro.aot import program as programs
 from axrepro.aot.compile import Compiled, compile_step
 from axrepro.aot.efficiency import EFFICIENCY
+from axrepro.aot.memory import Memory, read_memory
 from axrepro.aot.program import Program
 from axrepro.aot.slices import Slice
 from axrepro.aot.step_time import StepTime, step_time
@@ -23,13 +24,15 @@ class Forecast:
 
     Attributes:
       hardware: the slice, or a number of emulated CPU devices, of which no times are told.
-      time: None for CPUs.   effect: parameters, FLOPs and bytes that follow from the config alone.
+      memory: of one device.   time: None for CPUs.
+      effect: parameters, FLOPs and bytes that follow from the config alone.
     """
 
     experiment: Experiment = field(repr=False)
     hardware: Slice | int
     compiled: Compiled
     program: Program = field(repr=False)
+    memory: Memory
     time: StepTime | None
     effect: Effect = field(repr=False)
 
@@ -42,6 +45,11 @@ class Forecast:
     def chip(self) -> Chip | None:
         """Of the slice; None for CPUs."""
         return None if isinstance(self.hardware, int) else CHIPS[self.hardware.kind]
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has as much memory as the step needs; of CPUs that is not asked."""
+        return self.compiled.capacity is None or self.memory.total <= self.compiled.capacity
 
     @cached_property
     def speed(self) -> Mapping[str, float]:
@@ -78,8 +86,7 @@ def forecast(experiment: Experiment, hardware: Slice | int) -> Forecast:
     """Compiles an experiment, to which mesh rule and overrides have been applied, and tells what it will be.
 
     Raises:
-      UserError: if experiment, mesh and hardware do not fit, or the compiler is not installed.
-      DoesNotFitError: if the step needs more memory than there is.
+      UserError: if experiment, mesh and hardware do not agree, or the compiler is not installed.
     """
     if isinstance(hardware, int):
         facts = effect(experiment, slice_name("cpu", hardware), hardware)
@@ -87,9 +94,16 @@ def forecast(experiment: Experiment, hardware: Slice | int) -> Forecast:
         facts = effect(experiment, slice_name(hardware.kind, hardware.devices), hardware.devices, hardware.slices)
     compiled = compile_step(experiment, hardware)
     program = programs.read(compiled.text)
+    memory = read_memory(compiled.buffers, compiled.live_ranges, program.module)
     time = None
     if not isinstance(hardware, int):
         time = step_time(program, compiled, hardware, EFFICIENCY[hardware.kind])
     return Forecast(
-        experiment=experiment, hardware=hardware, compiled=compiled, program=program, time=time, effect=facts
+        experiment=experiment,
+        hardware=hardware,
+        compiled=compiled,
+        program=program,
+        memory=memory,
+        time=time,
+        effect=facts,
     )

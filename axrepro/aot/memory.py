@@ -1,175 +1,308 @@
-"""What lies in the device's memory when most does, as far as a program's text tells.
+"""What lies in a device's memory while a program runs, by the notes that the compiler leaves of its own plan.
 
-Buffers live from the instruction that writes them to the last that reads them, in the scheduled order. A loop's carry
-lives around the loop; what its body makes comes on top while it runs. This tells what the memory is for, not how much
-is needed: the compiler shares buffers in ways that its text does not say, and what it loses between them is not seen
-either. Of the steps of a 0.6B and of a 29B model on v5p, 9.2 and 56 GB are found where `memory_analysis()` counts 11.6
-and 78.
+A device holds the arguments, the results that are not written over arguments, constants, and one block in which the
+compiler gave every temporary its place; what it compares with the device's capacity is their sum and the machine code.
+`compiled.memory_analysis()` agrees on arguments and results, on temporaries of CPU programs, and of TPU programs its
+`peak_memory_in_bytes` is `Memory.peak.bytes`. But it calls more than the block temporaries of TPU programs (65.5 GiB
+where the block of a 29B model on v5p has 47.0): it adds what the compiler takes for fragmentation, which the compiler
+does not do when it refuses a program (libtpu 0.0.42).
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, NamedTuple, get_args
 
-from axrepro.aot.work import DEVICE, aliased, plain, updated_in_place
-from axrepro.core.hlo import Computation, Instruction, Module, Shape, Source
+from axrepro.aot.work import plain, updated_in_place
+from axrepro.core.hlo import Instruction, Module, Source
+from axrepro.errors import UserError
 
-_PASSED = frozenset({"bitcast", "add-dependency", "opt-barrier", "while"})
-_CALLS = ("while", "conditional", "call")
+Kind = Literal["argument", "output", "constant", "temporary"]
 
-Elements = tuple[frozenset[int], ...]
-"""For each array of a value, the buffers that it may lie in."""
+_DEVICE, _HOST = 0, 5  # numbers of memory spaces; the others are on the chip itself
+_ALLOCATION = re.compile(r"allocation \d+: size (\d+)(?:, (.*))?:")
+_VALUE = re.compile(r" value: <\d+ (\S+?)(\{[\d,]*\})?(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)")
+_POSITION = re.compile(r"^    (\d+):(\S+)$", re.MULTILINE)
+_RANGE = re.compile(r"^    (\S+?)(\{[\d, ]*\}):(\d+)-(\d+)$", re.MULTILINE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Buffer:
-    """An array in memory: the instruction that writes it, its bytes with padding, and where it comes from."""
+    """An array in memory.
 
-    name: str
+    Attributes:
+      bytes: with padding.   shape: "bf16[32,4096]", "(...)" for a table of addresses.
+      name: the instruction that writes it, of a loop's carry that in its body.
+      op_name, source: where that is from; of copies and of what a loop stacks, where the copied or stacked is from.
+    """
+
     bytes: int
+    shape: str
+    kind: Kind
+    name: str
     op_name: str
     source: Source | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Peak:
     """The moment at which most is in memory.
 
     Attributes:
-      bytes: in all.   at: the instruction that runs, and those that it runs inside of.   buffers: largest first.
+      bytes: in all.   at: the instruction that runs.   buffers: all that is there, the largest first.
     """
 
     bytes: int
-    at: tuple[str, ...]
+    at: str
     buffers: tuple[Buffer, ...] = field(repr=False)
 
 
-def peak(module: Module, computation: Computation, entry: bool) -> Peak:
-    """The moment of a computation, with those that it runs.
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes in the main memory of one device.
+
+    Attributes:
+      outputs: those that are not written over arguments.   temporaries: the block that they share.
+      host: in the host's memory, beside all others.
+    """
+
+    arguments: int
+    outputs: int
+    constants: int
+    temporaries: int
+    host: int
+    peak: Peak
+
+    @property
+    def total(self) -> int:
+        """What a device must hold, besides machine code."""
+        return self.arguments + self.outputs + self.constants + self.temporaries
+
+    @property
+    def fragmentation(self) -> int:
+        """Of the temporaries' block, what is unused even at the peak."""
+        return self.total - self.peak.bytes
+
+
+class _Value(NamedTuple):
+    """A value within an allocation: `index` is its place in what instruction `name` yields, if that is a tuple."""
+
+    name: str
+    index: tuple[int, ...]
+    offset: int
+    bytes: int
+    shape: str
+
+
+@dataclass(frozen=True)
+class _Allocation:
+    bytes: int
+    notes: str
+    values: list[_Value]
+
+    @property
+    def space(self) -> int:
+        found = re.search(r"color (\d+)", self.notes)
+        return int(found[1]) if found else _DEVICE
+
+    @property
+    def parameter(self) -> int | None:
+        found = re.match(r"(?:color \d+, )?parameter (\d+)", self.notes)
+        return int(found[1]) if found else None
+
+    @property
+    def kind(self) -> Kind:
+        if self.parameter is not None:
+            return "argument"
+        if "maybe-live-out" in self.notes:
+            return "output"
+        return "constant" if "constant" in self.notes else "temporary"
+
+
+class _Live(NamedTuple):
+    """A value that lies at an absolute place, from one position in the schedule to another, both included."""
+
+    first: int
+    last: int
+    start: int
+    value: _Value
+
+
+def read_memory(buffers: str, live_ranges: str, module: Module) -> Memory:
+    """Reads the compiler's notes on a program.
 
     Args:
-      entry: whether its parameters are buffers of its own, or belong to whoever runs it.
+      buffers, live_ranges: the fields of `axrepro.aot.compile.Compiled`.   module: its text, parsed.
+    Raises:
+      UserError: if there are no notes.
     """
-    buffers: list[tuple[Instruction, int]] = []
-    elements: dict[str, Elements] = {}
-    first: list[int] = []
-    last: list[int] = []
+    if not (buffers and live_ranges):
+        raise UserError("the compiler left no notes on memory: they are written by those of TPUs and of CPUs")
+    # what is local to a thread is scratch inside of fused instructions
+    allocations = [one for one in _allocations(buffers) if "thread-local" not in one.notes]
+    device = [one for one in allocations if one.space == _DEVICE]
+    sizes = {kind: sum(one.bytes for one in device if one.kind == kind) for kind in get_args(Kind)}
+    return Memory(
+        arguments=sizes["argument"],
+        outputs=sizes["output"],
+        constants=sizes["constant"],
+        temporaries=sizes["temporary"],
+        host=sum(one.bytes for one in allocations if one.space == _HOST),
+        peak=_peak(device, live_ranges, module),
+    )
 
-    def new(instruction: Instruction, shape: Shape, index: int) -> frozenset[int]:
-        if shape.space != DEVICE or not shape.stored:
-            return frozenset()
-        buffers.append((instruction, shape.stored))
-        first.append(0 if instruction.opcode == "parameter" else index)
-        last.append(index)
-        return frozenset({len(buffers) - 1})
 
-    for index, instruction in enumerate(computation.instructions):
-        given = [elements[name] for name in instruction.operands]
-        made = _elements(module, computation, instruction, given)
-        if instruction.opcode == "parameter" and not entry:
-            made = tuple(frozenset() for _ in instruction.shape.leaves)
-        leaves = instruction.shape.leaves
-        elements[instruction.name] = tuple(
-            new(instruction, leaf, index) if buffer is None else buffer
-            for leaf, buffer in zip(leaves, made, strict=True)
+def _allocations(text: str) -> list[_Allocation]:
+    found: list[_Allocation] = []
+    for line in text.splitlines():
+        if head := _ALLOCATION.fullmatch(line):
+            found.append(_Allocation(int(head[1]), head[2] or "", []))
+        elif value := _VALUE.fullmatch(line):
+            found[-1].values.append(_Value(value[1], _index(value[2]), int(value[4]), int(value[3]), value[5]))
+    return found
+
+
+def _index(text: str | None) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", text or "")))
+
+
+def _peak(device: list[_Allocation], live_ranges: str, module: Module) -> Peak:
+    makers = _Makers(module)
+    ranges = {(name, _index(index)): (int(a), int(b)) for name, index, a, b in _RANGE.findall(live_ranges)}
+    held, lives, base = [], [], 0
+    for allocation in device:
+        if allocation.kind == "temporary":
+            lives += [
+                _Live(*ranges[value.name, value.index], base + value.offset, value) for value in allocation.values
+            ]
+            base += allocation.bytes
+        elif allocation.parameter is not None:
+            made = module.computations[module.entry].parameters[allocation.parameter]
+            shape = re.search(r"shape \|(.*?)\|", allocation.notes)
+            held.append(makers.argument(allocation.bytes, shape[1] if shape else "", made))
+        else:
+            # the last of those that lie there; the constants of a comparison, or the like, have no range
+            value = max(allocation.values, key=lambda value: ranges.get((value.name, value.index), (0, 0))[1])
+            held.append(makers.buffer(allocation.bytes, allocation.kind, value))
+    at, live = _fullest(lives)
+    found = held + [makers.buffer(size, "temporary", one.value) for size, one in _distinct(live) if size]
+    return Peak(
+        bytes=sum(one.bytes for one in found),
+        at=dict(_POSITION.findall(live_ranges)).get(str(at), ""),
+        buffers=tuple(sorted(found, key=lambda one: -one.bytes)),
+    )
+
+
+def _fullest(lives: list[_Live]) -> tuple[int, list[_Live]]:
+    """The position at which values take most room, and those values."""
+    best, position, found = -1, 0, []
+    active: list[_Live] = []
+    by_start: dict[int, list[_Live]] = {}
+    for one in lives:
+        by_start.setdefault(one.first, []).append(one)
+    for first, begun in sorted(by_start.items()):  # room grows only where a value begins
+        active = [one for one in active if one.last >= first] + begun
+        if sum(one.value.bytes for one in active) > best:
+            size = sum(size for size, _ in _distinct(active))
+            if size > best:
+                best, position, found = size, first, active
+    return position, found
+
+
+def _distinct(live: Iterable[_Live]) -> list[tuple[int, _Live]]:
+    """Each with those of its bytes that none before it has: values may share a place, or lie within each other's."""
+    found, end = [], 0
+    for one in sorted(live, key=lambda one: (one.start, -one.value.bytes, one.first)):
+        stop = one.start + one.value.bytes
+        found.append((max(0, stop - max(one.start, end)), one))
+        end = max(end, stop)
+    return found
+
+
+class _Makers:
+    """Who writes a value: what a loop carries is written in its body, not by the loop."""
+
+    def __init__(self, module: Module):
+        self.module = module
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Instruction]:
+        return {i.name: i for computation in self.module.computations.values() for i in computation.instructions}
+
+    @cached_property
+    def loops(self) -> Mapping[str, Instruction]:
+        """Parameter of a body or condition -> its loop."""
+        return {
+            self.module.computations[name].parameters[0].name: loop
+            for loop in self.by_name.values()
+            if loop.opcode == "while"
+            for key in ("body", "condition")
+            for name in loop.names(key)
+        }
+
+    def argument(self, size: int, shape: str, made: Instruction) -> Buffer:
+        return self._buffer(size, shape, "argument", made, made)
+
+    def buffer(self, size: int, kind: Kind, value: _Value) -> Buffer:
+        if value.name not in self.by_name:
+            return self._buffer(size, value.shape, kind, None, None)
+        made, index = self._maker(self.by_name[value.name], value.index)
+        return self._buffer(size, value.shape, kind, made, self._origin(made, index))
+
+    def _maker(self, instruction: Instruction, index: tuple[int, ...]) -> tuple[Instruction, tuple[int, ...]]:
+        """The instruction that writes a part of what one yields, and which part of its own that is."""
+        seen = set()
+        while True:
+            loop = self.loops.get(instruction.name, instruction)
+            if loop.opcode == "while":
+                entered = (loop.name, index) in seen  # the body hands it on as it is
+                seen.add((loop.name, index))
+                body = self.module.computations[loop.names("body")[0]]
+                instruction = self.by_name[loop.operands[0]] if entered else body.root
+            elif instruction.opcode == "get-tuple-element":
+                index = (int(instruction.attributes["index"]), *index)
+                instruction = self.by_name[instruction.operands[0]]
+            elif instruction.opcode == "tuple" and index:
+                instruction, index = self.by_name[instruction.operands[index[0]]], index[1:]
+            elif instruction.opcode in ("bitcast", "opt-barrier", "add-dependency"):
+                instruction = self.by_name[instruction.operands[0]]
+            else:
+                return instruction, index
+
+    def _origin(self, made: Instruction, index: tuple[int, ...]) -> Instruction:
+        """What an instruction only copies, or adds to a stack; else the instruction itself."""
+        seen = set()
+        while made.name not in seen:
+            seen.add(made.name)
+            source = self._stacked(made, index)
+            if source is None and not made.op_name and len(made.operands) == 1:
+                source = self.by_name[made.operands[0]]
+            if source is not None:
+                made, index = self._maker(source, ())
+        return made
+
+    def _stacked(self, made: Instruction, index: tuple[int, ...]) -> Instruction | None:
+        """What a fusion writes into a part of an array that it is given."""
+        if made.opcode != "fusion":
+            return None
+        callee = self.module.computations[made.names("calls")[0]]
+        output = (
+            callee.by_name[callee.root.operands[index[0]]] if callee.root.opcode == "tuple" and index else callee.root
         )
-        if instruction.opcode not in ("get-tuple-element", "tuple", "bitcast"):
-            for number in frozenset().union(*(buffer for operand in given for buffer in operand)):
-                last[number] = index
-    end = len(computation.instructions) - 1
-    for number, (instruction, _) in enumerate(buffers):
-        if instruction.opcode == "parameter":
-            last[number] = end
-    donated = _donated(module) if entry else {}
-    in_place = set()
-    for place, buffer in enumerate(elements[computation.root.name]):
-        for number in buffer:
-            last[number] = end
-            if place in donated and buffers[number][0].opcode != "parameter":
-                in_place.add(number)
-    sizes = [0 if number in in_place else size for number, (_, size) in enumerate(buffers)]
+        if (update := updated_in_place(callee, output)) is None:
+            return None
+        piece = plain(callee, callee.by_name[update.operands[1]])
+        return self.by_name[made.operands[int(piece.literal)]] if piece.opcode == "parameter" else piece
 
-    change = [0] * (end + 2)
-    for number, size in enumerate(sizes):
-        change[first[number]] += size
-        change[last[number] + 1] -= size
-    best, total, inside = (-1, 0), 0, {}
-    for index, instruction in enumerate(computation.instructions):
-        total += change[index]
-        deeper = None
-        if instruction.opcode in _CALLS:
-            names = [n for key in ("body", "to_apply", "branch_computations", "true_computation", "false_computation")
-                     for n in instruction.names(key)]  # fmt: skip
-            deeper = max((peak(module, module.computations[name], False) for name in names), key=lambda p: p.bytes)
-            inside[index] = deeper
-        best = max(best, (total + (deeper.bytes if deeper else 0), index), key=lambda found: found[0])
-    size, at = best
-    live = [
-        Buffer(instruction.name, sizes[number], instruction.op_name, module.source(instruction))
-        for number, (instruction, _) in enumerate(buffers)
-        if first[number] <= at <= last[number] and sizes[number]
-    ]
-    deeper = inside.get(at)
-    live += deeper.buffers if deeper else ()
-    where = (*(deeper.at if deeper else ()), computation.instructions[at].name)
-    return Peak(size, where, tuple(sorted(live, key=lambda buffer: -buffer.bytes)))
-
-
-def _elements(module: Module, computation: Computation, instruction: Instruction, given: list[Elements]):
-    """The buffers of each array of the result, None for a new one."""
-    count = len(instruction.shape.leaves)
-    if instruction.opcode == "tuple":
-        return tuple(buffer for operand in given for buffer in operand)
-    if instruction.opcode == "get-tuple-element":
-        parts = computation.by_name[instruction.operands[0]].shape.parts
-        before = sum(len(part.leaves) for part in parts[: int(instruction.attributes["index"])])
-        return given[0][before : before + count]
-    if instruction.opcode in _PASSED:
-        return given[0]
-    if instruction.opcode.endswith("-start"):
-        return _started(instruction, given)
-    if instruction.opcode.endswith("-done"):
-        return _finished(computation, instruction, given)
-    if instruction.opcode == "dynamic-update-slice":
-        return given[0]
-    inherited = dict(aliased(instruction)) or _updated(module, instruction)
-    whole = {place: given[operand] for place, operand in inherited.items()}
-    return tuple(whole[place][0] if place in whole and len(whole[place]) == 1 else None for place in range(count))
-
-
-def _started(instruction: Instruction, given: list[Elements]):
-    """A start hands its operands on beside the result: copies name the result first, all others second."""
-    flat = [buffer for operand in given for buffer in operand]
-    count = len(instruction.shape.leaves)
-    if instruction.opcode == "all-reduce-start":
-        return (None,) * count
-    if instruction.opcode == "copy-start":
-        return (None, *flat, *(None,) * (count - 1 - len(flat)))
-    result = flat[0] if instruction.opcode == "dynamic-update-slice-start" else None
-    return (*flat, *(result,) * (count - len(flat)))
-
-
-def _finished(computation: Computation, instruction: Instruction, given: list[Elements]):
-    start = computation.by_name[instruction.operands[0]]
-    count = len(instruction.shape.leaves)
-    if start.opcode in ("copy-start", "all-reduce-start") or start.shape.dtype != "tuple":
-        return given[0][:count]
-    before = len(start.shape.parts[0].leaves)
-    return given[0][before : before + count]
-
-
-def _updated(module: Module, instruction: Instruction) -> Mapping[int, int]:
-    """Result -> operand for a fusion that updates a slice of one where it stands."""
-    if instruction.opcode != "fusion":
-        return {}
-    callee = module.computations[instruction.names("calls")[0]]
-    outputs = [callee.by_name[n] for n in callee.root.operands] if callee.root.opcode == "tuple" else [callee.root]
-    updates = {place: updated_in_place(callee, output) for place, output in enumerate(outputs)}
-    bases = {place: plain(callee, callee.by_name[u.operands[0]]) for place, u in updates.items() if u is not None}
-    return {place: int(base.literal) for place, base in bases.items()}
-
-
-def _donated(module: Module) -> Mapping[int, int]:
-    """Array of the program's result -> the parameter in whose place it is written."""
-    found = re.findall(r"\{(\d*)\}: \((\d+)", module.header.get("input_output_alias", ""))
-    return {int(output or 0): int(parameter) for output, parameter in found}
+    def _buffer(
+        self, size: int, shape: str, kind: Kind, made: Instruction | None, origin: Instruction | None
+    ) -> Buffer:
+        return Buffer(
+            bytes=size,
+            shape="(...)" if shape.startswith("(") else shape.partition("{")[0],
+            kind=kind,
+            name=made.name if made else "",
+            op_name=origin.op_name if origin else "",
+            source=self.module.source(origin) if origin else None,
+        )

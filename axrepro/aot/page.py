@@ -128,7 +128,7 @@ def html(name: str, forecast: Forecast) -> str:
         style=" ".join(f".c{number} {{ fill: {colour} }}" for number, colour in enumerate(colours)),
         patterns="".join(_pattern(number, colour) for number, colour in enumerate(colours)),
         cards="".join(map(_card, _headline(figures, forecast))),
-        memory=_memory(figures["memory"], forecast),
+        memory=_memory(figures["memory"]),
         breakdown=_breakdown(figures["breakdown"], forecast.time.seconds),
         legend="".join(f"<span>{_swatch(kind)} {escape(kind)}</span>" for kind in kinds),
         charts="".join(_figure(chart, forecast.time) for chart in drawn),
@@ -411,23 +411,30 @@ def _card(card: tuple[str, str, str]) -> str:
     return f"<div><span>{what}</span><b>{figure}</b><small>{more}</small></div>"
 
 
-def _memory(figures: Mapping[str, float], forecast: Forecast) -> str:
-    """A bar of what a device holds, as long as its memory is large."""
-    held, chip = {kind: figures[kind] for kind in _HELD if figures.get(kind)}, forecast.chip
-    if not held or chip is None:
-        return ""
-    full = chip.hbm_gib * 2**30 / chip.devices
-    taken = sum(held.values())
-    scale = (_LEFT + _PLOT + _RIGHT) / max(full, taken)
-    drawn, x = [_rect(0, 0, full * scale, 30, "room")], 0.0
+def _memory(figures: Mapping[str, Any]) -> str:
+    """A bar of what a device must hold, as long as its memory is large, and the largest arrays at the peak."""
+    held = {kind: figures[kind] for kind in _HELD if figures[kind]}
+    scale = (_LEFT + _PLOT + _RIGHT) / max(figures["capacity"], figures["total"])
+    drawn, x = [_rect(0, 0, figures["capacity"] * scale, 30, "room")], 0.0
     for kind, size in held.items():
-        title = f"<title>{kind}: {readable(int(size))}</title>"
+        title = f"<title>{kind}: {readable(size)}</title>"
         drawn.append(_rect(x, 0, size * scale, 30, f"c{_rank(_HELD[kind])}", title))
         x += size * scale
-    legend = "".join(f"<span>{_swatch(_HELD[kind])} {kind} {readable(int(size))}</span>" for kind, size in held.items())
-    bar = _svg(30, "".join(drawn), "memory of a device")
-    about = f"{readable(int(taken))} of {readable(int(full))}, {taken / full:.0%}"
-    return f'<h2>Memory of a device: {about}</h2>{bar}<div class="legend">{legend}</div>'
+    legend = "".join(f"<span>{_swatch(_HELD[kind])} {kind} {readable(size)}</span>" for kind, size in held.items())
+    share = f"{figures['total'] / figures['capacity']:.0%}"
+    about = f"{readable(figures['total'])} of {readable(figures['capacity'])}, {share}"
+    about += "" if figures["fits"] else ": does not fit"
+    about += f"; {readable(figures['host'])} of the host's" if figures["host"] else ""
+    rows = "".join(
+        f"<tr><td>{readable(row['bytes'])}</td><td>{escape(row['shape'])}</td><td>{escape(row['kind'])}</td>"
+        f"<td>{escape(row['scope'])}</td><td>{escape(row['source'])}</td></tr>"
+        for row in figures["largest"]
+    )
+    return (
+        f"<h2>Memory of a device: {about}</h2>{_svg(30, ''.join(drawn), 'memory of a device')}"
+        f'<div class="legend">{legend}</div><details><summary>the largest arrays at the peak, '
+        f"{readable(figures['peak'])} in use</summary><table>{rows}</table></details>"
+    )
 
 
 def _breakdown(parts: Mapping[str, float], seconds: float) -> str:
@@ -485,6 +492,7 @@ h1 { font-size: 22px; margin: 0 } h2 { font-size: 17px; margin: 32px 0 8px } p {
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 8px 0 }
 td, th { border-bottom: 1px solid var(--line); font-weight: normal; padding: 3px 24px 3px 0; text-align: left }
 th { color: var(--quiet) } td:nth-child(n+2), th:nth-child(n+2) { text-align: right }
+details td:nth-child(n+2) { text-align: left } summary { color: var(--quiet); margin-top: 8px }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px } .legend span { white-space: nowrap }
 figure { margin: 16px 0 } figcaption { margin-bottom: 4px }
 svg { display: block; font: 10px system-ui, sans-serif; width: 100% }

@@ -8,12 +8,10 @@ one device.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
-from axrepro.aot import collectives, memory
+from axrepro.aot import collectives
 from axrepro.aot.collectives import Collective, Transfer
 from axrepro.aot.loops import Scalars, carried, trip_count
-from axrepro.aot.memory import Peak
 from axrepro.aot.work import FREE, Costs, Executed
 from axrepro.core import hlo
 from axrepro.core.hlo import Computation, Instruction, Module
@@ -70,11 +68,6 @@ class Program:
     def transfers(self) -> list[Transfer]:
         """What moves between the host's memory and the device's."""
         return collectives.transfers(self.module, self.instructions)
-
-    @cached_property
-    def peak(self) -> Peak:
-        """The moment at which most is in the device's memory."""
-        return memory.peak(self.module, self.module.computations[self.module.entry], entry=True)
 
 
 def read(text: str) -> Program:

@@ -1,10 +1,13 @@
 """A forecast, as text and as JSON."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 from axrepro.aot.forecast import Forecast
+from axrepro.aot.search import Trial
+from axrepro.core.taps import scopes
 from axrepro.train.describe import readable, table
 
 _SHOWN = 12  # collectives
@@ -70,12 +73,19 @@ def text(name: str, f: Forecast) -> str:
             lines.append(
                 f"{readable(int(row['sent'])):>12} in {row['count']:5d}  {row['kind']} over {row['axes']}, {how}"
             )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *buffers(f)])
 
 
-def memory(f: Forecast) -> dict[str, float]:
-    """Bytes of one device."""
-    return {}
+def memory(f: Forecast) -> dict[str, Any]:
+    """Bytes of one device: what it must hold, of which "peak" is in use at the worst moment, and what is there then."""
+    found = f.memory
+    largest = [
+        {"bytes": b.bytes, "shape": b.shape, "kind": b.kind, "scope": scopes(b.op_name), "source": str(b.source or "")}
+        for b in found.peak.buffers[:_SHOWN]
+    ]
+    sizes = {name: getattr(found, name) for name in ("total", "arguments", "outputs", "constants", "temporaries")}
+    more = {"peak": found.peak.bytes, "fragmentation": found.fragmentation, "host": found.host}
+    return {**sizes, **more, "capacity": f.compiled.capacity, "fits": f.fits, "largest": largest}
 
 
 def collectives(f: Forecast) -> list[dict[str, Any]]:
@@ -97,8 +107,20 @@ def _largest(parts: Mapping[str, float]) -> list[tuple[str, float]]:
     return sorted(parts.items(), key=lambda item: -item[1])
 
 
-def _memory(figures: Mapping[str, float]) -> str:
-    return ", ".join(f"{kind} {readable(int(size))}" for kind, size in figures.items())
+def _memory(figures: Mapping[str, Any]) -> str:
+    room = f" of {readable(figures['capacity'])}" if figures["capacity"] else ""
+    parts = ", ".join(f"{kind} {readable(figures[kind])}" for kind in ("arguments", "temporaries"))
+    host = f"; host {readable(figures['host'])}" if figures["host"] else ""
+    return f"{readable(figures['total'])}{room} ({parts}){'' if figures['fits'] else ': DOES NOT FIT'}{host}"
+
+
+def buffers(f: Forecast) -> list[str]:
+    """The largest arrays at the moment when most memory is in use."""
+    lines = [f"largest in memory at the peak, {readable(f.memory.peak.bytes)}"]
+    for row in memory(f)["largest"]:
+        where = f"  {row['source']}" if row["source"] else ""
+        lines.append(f"{readable(row['bytes']):>12}  {row['shape']} {row['kind']}  {row['scope']}{where}")
+    return lines
 
 
 def _arithmetic(figures: Mapping[str, float]) -> str:
@@ -106,3 +128,27 @@ def _arithmetic(figures: Mapping[str, float]) -> str:
     return (
         f"{done / 1e12:,.1f} TFLOP a device, of which {again / done if done else 0:.1%} done again in the backward pass"
     )
+
+
+def trial(one: Trial) -> str:
+    """A trial of a search in a line."""
+    settings = " ".join(f"{path.split('.')[-1]}={value}" for path, value in one.changes)
+    if one.forecast is None:
+        return f"        -  {settings}: {one.reason}"
+    held = f"{readable(one.forecast.memory.total)}{'' if one.forecast.fits else ', does not fit'}"
+    if one.forecast.time is None:
+        return f"{held}  {settings}"
+    return f"{one.forecast.time.seconds:8.3f} s, MFU {one.forecast.speed['mfu']:.1%}, {held}  {settings}"
+
+
+def trial_summary(one: Trial) -> dict[str, Any]:
+    """A trial of a search, for machines."""
+    figures = {"reason": one.reason} if one.forecast is None else summary(one.forecast)
+    return {"changes": dict(one.changes), **figures}
+
+
+def ranking(name: str, trials: list[Trial]) -> str:
+    """The trials of a search, the fastest first, and the overrides of the best."""
+    lines = [f"{name}: {len(trials)} settings by forecast step time", *map(trial, trials)]
+    fitting = [one for one in trials if one.seconds < math.inf]
+    return "\n".join([*lines, "", f"best: {fitting[0].line}" if fitting else "none of them fits"])

@@ -187,15 +187,22 @@ class Module:
 
     def source(self, instruction: Instruction) -> Source | None:
         """The line that it comes from, the innermost; None if the compiler made it."""
+        return next(self.frames(instruction), None)
+
+    def frames(self, instruction: Instruction) -> Iterator[Source]:
+        """The lines that it comes from, the innermost first, each called from the next."""
         meta = instruction.metadata
         if "source_file" in meta:
-            return Source(meta["source_file"], int(meta.get("source_line", 0)), "")
-        frame = self.tables["StackFrames"].get(int(meta.get("stack_frame_id", 0)))
-        place = self.tables["FileLocations"].get(frame["file_location_id"]) if frame else None
-        if place is None:
-            return None
-        file, function = (self.tables[t].get(place[k], "") for t, k in _PLACES)
-        return Source(file, place["line"], function)
+            yield Source(meta["source_file"], int(meta.get("source_line", 0)), "")
+        frames = self.tables["StackFrames"]
+        # parents are written one too high: the first frame, which has none, names itself
+        above = frames.get(1, {}).get("parent_frame_id", 0)
+        number = int(meta.get("stack_frame_id", 0))
+        while frame := frames.get(number):
+            if (place := self.tables["FileLocations"].get(frame["file_location_id"])) is not None:
+                file, function = (self.tables[t].get(place[k], "") for t, k in _PLACES)
+                yield Source(file, place["line"], function)
+            number = frame.get("parent_frame_id", 0) - above
 
 
 _PLACES = (("FileNames", "file_name_id"), ("FunctionNames", "function_name_id"))

@@ -47,10 +47,10 @@ class Block(Layer):
         return specs
 
     def apply(self, params: dict, x: Float[Array, "B T D"], ctx: Context) -> tuple[Float[Array, "B T D"], dict]:
-        return rematerialised(self._apply, ctx.remat, ctx.in_scan)(params, tag(x, "block_input"), ctx)
+        return rematerialised(self._apply, ctx.remat, ctx.in_scan)(params, x, ctx)
 
     def _apply(self, params, x, ctx):
-        aux = {}
+        x, aux = tag(x, "block_input"), {}  # in here, or its place would be no choice of the policy
         for branch, layer in (("attention", self.attention), ("ffn", self.ffn)):
             inner, y = ctx.fold(branch), x
             if self.norm is not None:

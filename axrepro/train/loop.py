@@ -13,7 +13,7 @@ from axrepro.core.flops import speeds
 from axrepro.core.interfaces import Method
 from axrepro.core.param import abstract_params
 from axrepro.core.sharding import make_mesh, named, param_partitions
-from axrepro.data import Batches, prefetch
+from axrepro.data import Batches, batch_shardings, prefetch
 from axrepro.errors import UserError
 from axrepro.train.checkpoint import Checkpoints
 from axrepro.train.diagnostics import Diagnosis
@@ -154,6 +154,14 @@ def _read_sources(program: Program, workdir: str) -> dict:
         return checkpoints.restore_params(jax.tree.map(place, abstract_params(sources), layout))[0]
     finally:
         checkpoints.close()
+
+
+def abstract_batch(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of the program's data as it lies on its mesh, without the data."""
+    experiment = program.experiment
+    arrays = experiment.data.abstract()
+    shardings = batch_shardings(arrays, program.run_mesh, experiment.rules)
+    return {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=shardings[name]) for name, a in arrays.items()}
 
 
 def compile_step(program: Program, batch: dict, options: Mapping[str, str | bool] = MappingProxyType({})):

@@ -10,7 +10,7 @@ import pytest
 
 from axrepro import launch
 from axrepro.aot import forecast as forecasts
-from axrepro.aot import page
+from axrepro.aot import page, report
 from axrepro.aot.step_time import CORE, Event, Pass, StepTime
 
 VOID = ("meta", "link", "br")
@@ -90,8 +90,8 @@ def test_a_page_needs_nothing_from_elsewhere(made):
 def test_every_part_of_the_breakdown_is_told_with_its_share(made):
     text, forecast = made
     elements = Elements(text)
-    bar, listed = elements.all("table")[0], {}
-    for row in bar.inside:
+    listed = {}
+    for row in elements.all("table")[1].inside:
         part, _, share = (cell.text.strip() for cell in row.inside)
         listed[part] = share
     parts = {part: seconds for part, seconds in forecast.time.parts.items() if seconds > 0}
@@ -235,15 +235,22 @@ def test_durations_are_told_in_a_unit_that_suits_them(seconds, told):
 
 
 def test_memory_is_a_bar_against_what_there_is(made):
+    text, forecast = made
+    bar = next(one for one in Elements(text).all("svg") if one.attrs.get("aria-label") == "memory of a device")
+    room, *held = [float(one.attrs["width"]) for one in bar.inside]
+    assert sum(held) / room == pytest.approx(forecast.memory.total / forecast.compiled.capacity, abs=1e-4)
+
+
+def test_memory_that_does_not_fit_reaches_beyond_the_bar(made):
     _, forecast = made
-    full = 16 * 2**30
-    drawn = page._memory({"arguments": full / 2, "temporaries": full / 4, "peak": full}, forecast)
-    assert "12.00 GiB of 16.00 GiB, 75%" in drawn
-    room, *held = [one for one in Elements(drawn).all("svg")[0].inside]
-    assert [float(one.attrs["width"]) / float(room.attrs["width"]) for one in held] == pytest.approx(
-        [0.5, 0.25], abs=1e-4
-    )
-    assert page._memory({}, forecast) == ""
+    figures = report.memory(forecast)
+    small = {**figures, "capacity": figures["total"] // 2, "fits": False}
+    small["largest"] = [{**small["largest"][0], "scope": "<i>", "source": "<b>"}]
+    drawn = Elements(page._memory(small))
+    room, *held = [float(one.attrs["width"]) for one in drawn.all("svg")[0].inside]
+    assert sum(held) == pytest.approx(2 * room, rel=1e-3)
+    assert drawn.all("h2")[0].text.endswith("200%: does not fit")
+    assert [one.text for one in drawn.all("td")][-2:] == ["<i>", "<b>"]
 
 
 @pytest.mark.parametrize(
@@ -251,6 +258,7 @@ def test_memory_is_a_bar_against_what_there_is(made):
     [
         (["--experiment=llama:tiny", "--html=x.html"], "--html goes with --mode=compile, not --mode=train"),
         ([*MODE, "--html="], "--html= is empty"),
+        ([*MODE, "--search", "--html=x.html"], "--html is about one forecast and --search makes many"),
         ([*MODE, "--html"], "--html: expected one argument"),
         ([*MODE, "--html=no/such/x.html"], "cannot write --html=no/such/x.html: No such file or directory"),
         ([*MODE, "--html=."], "--html=. is not a file"),

@@ -324,9 +324,6 @@ def test_a_collective_inside_fusions_is_one_and_the_product_beside_it_hides_it()
         "whole": 0,
     }
     assert {one.name: one.cycles for one in program.instructions}["during"] == 123
-    # the arguments, what is gathered, and the product
-    assert program.peak.bytes == tile(64) + tile(32) + tile(64) + tile(64) + tile(32)
-    assert program.peak.at in {("during",), ("whole",), ("result",)}
 
 
 LOOP = """HloModule step, is_scheduled=true, num_partitions=8
@@ -440,20 +437,6 @@ def test_copies_to_the_host_are_told_with_what_they_overlap():
     assert transfer.span.hidden_bytes == 2 * 16 * ROW
 
 
-def test_the_peak_of_a_loop_is_its_carry_and_what_one_trip_makes():
-    peak = read(LOOP).peak
-    scalars = 2 * 512  # the counter that the loop carries, and the next
-    constants = 3 * 512  # start, stride and limit, as far as they live
-    least = (6 * 64 + 6 * 16 + 16) * ROW
-    assert least < peak.bytes <= least + scalars + constants
-    assert peak.at[-1] == "while"
-    assert [(one.name, one.bytes) for one in peak.buffers[:3]] == [
-        ("stacked", 6 * 64 * ROW),
-        ("room", 6 * 16 * ROW),
-        ("part", 16 * ROW),
-    ]
-
-
 KERNELS = """HloModule step, is_scheduled=true, num_partitions=4
 
 %exchange (p: bf16[32,128]) -> bf16[32,128] {
@@ -536,6 +519,3 @@ def test_a_program_for_a_v5p_slice(optimised):
     assert reduced == 6 * 2 * 512 * 2048 * 2 + 4  # the gradients of all layers, and the loss
     products = [one for one in program.instructions if one.flops]
     assert all(one.cycles for one in products)
-    analysis = step.memory_analysis()
-    needed = analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
-    assert 0.85 * needed < program.peak.bytes < 1.15 * needed

@@ -181,6 +181,13 @@ def test_each_policy_recomputes_the_products_it_does_not_keep():
     assert {policy: products("dense", policy) - kept for policy in RECOMPUTED} == RECOMPUTED
 
 
+@pytest.mark.parametrize("policy", [name for name, policy in POLICIES.items() if policy and policy.offload])
+def test_every_name_that_a_policy_moves_to_the_host_goes_there_and_back(policy):
+    stack = STACKS["dense"]
+    text = str(jax.make_jaxpr(gradient(stack, policy))(abstract_params(stack.specs(DIM)), X))
+    assert text.count("device_put[") == 2 * len(POLICIES[policy].offload)
+
+
 def test_keeping_all_products_with_weights_keeps_those_of_experts():
     # recomputed: the two of attention, and the sum over choices
     assert products("moe", "products") - products("moe", "none") <= 3
