@@ -16,6 +16,7 @@ from axrepro.core.taps import scopes
 from axrepro.train.describe import readable
 
 STILL = "core stands still"
+_ELSE = "#9aa0a8"
 COLOURS = {
     "matrix products": "#3f76b5",
     "attention": "#8a63b8",
@@ -29,10 +30,9 @@ COLOURS = {
     "collective-broadcast": "#5b9a45",
     "host memory": "#b3508f",
     "copies": "#9c7a5b",
-    STILL: "#9aa0a8",
+    STILL: _ELSE,
 }
 """By what is done, whether it runs, is waited for or slows."""
-_ELSE = "#9aa0a8"
 _LOOP = "loop"
 _HELD = {
     "arguments": "matrix products",
@@ -121,7 +121,7 @@ def html(name: str, forecast: Forecast) -> str:
     figures, drawn = report.summary(forecast), charts(forecast.time)
     colours = (*COLOURS.values(), _ELSE)
     mesh = ", ".join(f"{axis} {size}" for axis, size in figures["mesh"].items() if size > 1) or "one device"
-    kinds = sorted({*map(_kind, figures["breakdown"]), *_drawn(drawn), STILL}, key=lambda kind: (_rank(kind), kind))
+    kinds = sorted({*map(_kind, figures["breakdown"]), *_drawn(drawn)}, key=lambda kind: (_rank(kind), kind))
     return _PAGE.substitute(
         name=escape(name),
         about=escape(f"{figures['hardware']}: {forecast.devices} devices, mesh {mesh}"),
@@ -195,7 +195,7 @@ def _loop(time: StepTime, body: str) -> str:
             spent[scopes(event.op_name).split("/")[0]] += event.seconds
             backward += event.seconds * _is_backward(event.op_name)
     inner = [_loop(time, event.name) for event in time.passes[body].events if event.part == _LOOP]
-    scope = max(spent, key=lambda key: spent[key], default=inner[0] if inner else "loop")
+    scope = max(spent, key=lambda key: spent[key], default="") or next(iter(inner), "a loop")
     return f"{scope}, backward" if backward > spent.total() / 4 else scope
 
 
@@ -235,11 +235,11 @@ def _pattern(number: int, colour: str) -> str:
     )
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: float, digits: int = 3) -> str:
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}" if seconds < 1000 * size else f"{seconds / size:,.0f} {unit}"
-    return f"{seconds * 1e9:.2g} ns"
+        if seconds >= 0.9995 * size:  # what would be rounded to 1000 of the next
+            return f"{seconds / size:.{digits}g} {unit}" if seconds < 999 * size else f"{seconds / size:,.0f} {unit}"
+    return f"{seconds * 1e9:.{digits}g} ns"
 
 
 def _rect(x: float, y: float, width: float, height: float, style: str, inside: str = "") -> str:
@@ -345,10 +345,10 @@ def _axis(seconds: float, place: Callable[[float], float], bottom: float) -> str
 
 def _block(block: Block, x: float, width: float, y: float, height: float, time: StepTime) -> str:
     title = f"<title>{escape(_tooltip(block, time))}</title>"
-    edge = " edge" if width > 3 else ""
-    loop = len(block.events) == 1 and block.events[0].part == _LOOP
-    if not loop:
-        style = _class(block.part) + edge if _class(block.part)[0] == "c" else _class(block.part)
+    if len(block.events) != 1 or block.longest.part != _LOOP:
+        style = _class(block.part)
+        if style[0] == "c" and width > 3:
+            style += " edge"
         label = _fitting(_labels(block), width)
         found = _rect(x, y, width, height, style, title)
         return found + (_text(x + width / 2, y + height / 2 + 3.5, label, "label") if label else "")
@@ -356,7 +356,7 @@ def _block(block: Block, x: float, width: float, y: float, height: float, time: 
     for part, seconds in sorted(block.parts.items(), key=lambda item: _rank(_kind(item[0]))):
         bands.append(_rect(x, top, width, height * seconds / block.seconds, _class(part)))
         top += height * seconds / block.seconds
-    (event,) = block.events
+    event = block.longest
     times = f"{event.trips} ×"
     label = _fitting((f"{times} {_loop(time, event.name)}", times), width)
     written = _text(x + width / 2, y + height / 2 + 3.5, label, "label") if label else ""
@@ -382,10 +382,8 @@ def _tooltip(block: Block, time: StepTime) -> str:
 
 def _labels(block: Block) -> Iterator[str]:
     """What could be written on a block, from long to short."""
-    if len(block.events) != 1:
-        return
-    (event,) = block.events
-    yield from (event.part, _kind(event.part))
+    if len(block.events) == 1:
+        yield from (block.part, _kind(block.part))
 
 
 def _fitting(labels: Iterable[str], width: float) -> str:
@@ -396,7 +394,7 @@ def _headline(figures: Mapping[str, Any], forecast: Forecast) -> Iterator[tuple[
     """(what, the figure, what else there is to say)"""
     unit = forecast.effect.unit
     again = figures["flops"]["recomputed"] / (figures["flops"]["executed"] or 1)
-    yield "step time", f"{figures['step_seconds']:.3f} s", f"{again:.0%} of the arithmetic is recomputed"
+    yield "step time", _duration(figures["step_seconds"], 4), f"{again:.0%} of the arithmetic is recomputed"
     yield "MFU", f"{figures['mfu']:.1%}", f"attention as masked; {figures['mfu_full']:.1%} with the whole matrix"
     rate, day = figures[f"{unit}_per_second"], figures[f"{unit}_per_day"]
     yield f"{unit} a second", f"{rate:,.0f}", f"{day / 1e9:,.2f} billion a day"
@@ -462,6 +460,8 @@ def _swatch(part: str) -> str:
 
 
 def _collectives(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return "<p>There are none.</p>"
     lines = "".join(
         f"<tr><td>{_swatch(row['kind'])} {escape(row['kind'])}</td><td>{escape(row['axes'])}</td>"
         f"<td>{readable(int(row['sent']))}</td><td>{row['count']:,}</td><td>{row['overlapped']:.0%}</td></tr>"

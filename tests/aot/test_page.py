@@ -110,7 +110,7 @@ def test_the_page_tells_the_figures_of_the_report(made):
     cards = {div.inside[0].text: div.inside[1].text for div in Elements(text).all("div") if len(div.inside) == 3}
     assert cards["MFU"] == f"{forecast.speed['mfu']:.1%}"
     assert cards["tokens a second"] == f"{forecast.speed['tokens_per_second']:,.0f}"
-    assert cards["step time"] == f"{forecast.time.seconds:.3f} s"
+    assert cards["step time"] == f"{forecast.time.seconds * 1e6:.4g} µs"
 
 
 def test_the_blocks_of_the_core_fill_each_pass(made):
@@ -226,6 +226,7 @@ def test_names_from_the_program_are_text(made):
         (0.5, "500 ms"),
         (1.5e-3, "1.5 ms"),
         (2e-6, "2 µs"),
+        (1.5e-7, "150 ns"),
         (2.5e-10, "0.25 ns"),
         (1234.0, "1,234 s"),
     ],
