@@ -20,6 +20,7 @@ from axrepro.methods.language_model import LanguageModel
 from axrepro.models.causal_lm import CausalLM, llama
 from axrepro.nn import Attention, Block, FeedForward, LayerNorm, MoE, Repeat, RMSNorm, RoPE, Sequence
 from axrepro.optim import AdamW, Cosine
+from axrepro.train import compiler_flags
 from axrepro.train.experiment import Experiment
 from axrepro.train.hardware import CHIPS, parse_slice
 from experiments._pretraining import pretraining
@@ -33,8 +34,8 @@ class PublishedRun:
 
     Attributes:
       topology: public name of the hardware.   model: builds the network.
-      rows: sequences per chip and step.   length: tokens of a sequence.
-      mesh: chips per mesh axis.   remat, flags: as `Train.remat` and `Train.compiler_options`.
+      rows: sequences per chip and step.   length: tokens of a sequence.   mesh: chips per mesh axis.
+      remat, flags: as `Train.remat` and `Train.compiler_options`; without flags, axrepro's own for the chip.
       accumulation: microbatches per step.
       seconds: of a step, where published.   tflops: TFLOP/s per chip, where published.
       counts: which matrix products of a token `tflops` counts: of attention none ("weights"), the part below the
@@ -82,8 +83,9 @@ class PublishedRun:
             optimizer=AdamW(learning_rate=Cosine(peak=3e-4, warmup=2000, floor=0.1), weight_decay=0.1, clip=1.0),
             rules=(),
         )
+        options = self.flags or compiler_flags.flags(parse_slice(self.topology)[0])
         train = replace(
-            experiment.train, remat=self.remat, compiler_options=self.flags, grad_accumulation=self.accumulation
+            experiment.train, remat=self.remat, compiler_options=options, grad_accumulation=self.accumulation
         )
         return replace(
             experiment, mesh=self.mesh, rules=_MAXTEXT_RULES if self.mesh.model > 1 else Rules(), train=train

@@ -99,7 +99,7 @@ def _compile(experiment: Experiment, hardware: Slice | int, machine_code: bool, 
     """What the process does: leaves what the compiler writes, and either layout.json or error.json, in `folder`."""
     try:
         _compile_into(experiment, hardware, machine_code, Path(folder))
-    except BaseException as error:  # all of them are told to the process that waits
+    except Exception as error:  # all of them are told to the process that waits
         from axrepro.train.out_of_memory import is_out_of_memory
 
         kind = "memory" if is_out_of_memory(error) else "input" if isinstance(error, UserError) else "fault"
@@ -132,7 +132,7 @@ def _compile_into(experiment: Experiment, hardware: Slice | int, machine_code: b
 
         payload, _, _ = serialize_executable.serialize(compiled)
         (folder / "executable").write_bytes(payload)
-    _write(folder / "program.txt", compiled.as_text())
+    _write(folder / "program.txt", compiled.as_text() or "")
 
 
 def _capacity(device) -> int:

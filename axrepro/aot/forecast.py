@@ -7,6 +7,7 @@ from functools import cached_property
 from axrepro.aot import program as programs
 from axrepro.aot.compile import Compiled, compile_step
 from axrepro.aot.efficiency import EFFICIENCY
+from axrepro.aot.lint import Finding, check
 from axrepro.aot.memory import Memory, read_memory
 from axrepro.aot.program import Program
 from axrepro.aot.slices import Slice
@@ -50,6 +51,11 @@ class Forecast:
     def fits(self) -> bool:
         """Whether a device has as much memory as the step needs; of CPUs that is not asked."""
         return self.compiled.capacity is None or self.memory.total <= self.compiled.capacity
+
+    @cached_property
+    def findings(self) -> list[Finding]:
+        """What makes the step slower than it need be."""
+        return check(self.program, self.compiled.mesh, self.chip, self.experiment.rules)
 
     @cached_property
     def speed(self) -> Mapping[str, float]:

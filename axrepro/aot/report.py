@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from axrepro.aot.forecast import Forecast
@@ -28,6 +29,7 @@ def summary(f: Forecast) -> dict[str, Any]:
             "model_full": f.effect.flops.full / f.devices,
         },
         "collectives": collectives(f),
+        "findings": [asdict(finding) for finding in f.findings],
         **f.speed,
     }
     if f.time is not None:
@@ -73,7 +75,8 @@ def text(name: str, f: Forecast) -> str:
             lines.append(
                 f"{readable(int(row['sent'])):>12} in {row['count']:5d}  {row['kind']} over {row['axes']}, {how}"
             )
-    return "\n".join([*lines, "", *buffers(f)])
+    lines += ["", *buffers(f), ""]
+    return "\n".join([*lines, *(["findings", *map(str, f.findings)] if f.findings else ["no findings"])])
 
 
 def memory(f: Forecast) -> dict[str, Any]:
