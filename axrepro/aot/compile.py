@@ -177,8 +177,8 @@ def _collect(process, folder: Path, machine_code: bool, start: float) -> Compile
                 return _compiled(folder, noted, start)
         if ended:
             raise RuntimeError(
-                f"the compiler's process ended with exit code {process.exitcode} and said nothing; a script must ask for "
-                'programs below `if __name__ == "__main__":`, as the process imports it'
+                f"the compiler's process ended with exit code {process.exitcode} and said nothing; a script must ask "
+                'for programs below `if __name__ == "__main__":`, as the process imports it'
             )
         time.sleep(_POLL)
 
