@@ -48,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--diff", metavar="OTHER", help="describe how OTHER differs: fields, parameters, FLOPs, bytes")
     parser.add_argument("--json", action="store_true", help="compile: print the report for machines")
     parser.add_argument("--search", action="store_true", help="compile: try meshes, remat policies and microbatches")
+    parser.add_argument("--save", metavar="FILE", help="compile: write the program, for --program")
+    parser.add_argument("--program", metavar="FILE", help="train: read the step from FILE if it is this one's")
     parser.add_argument("--flags", choices=FLAGS, default="own", help="compile: with the run's compiler flags, or none")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where it is not detected")
     parser.add_argument("--num_processes", type=int, metavar="N", help="with --coordinator")
@@ -78,7 +80,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
             raise UserError(f"--{name}={value} must be at least {least}")
     if args.devices is not None and args.devices > _MOST_DEVICES:
         raise UserError(f"--devices={args.devices} must be at most {_MOST_DEVICES}; --topology describes larger slices")
-    if empty := [name for name in ("workdir", "topology", "coordinator") if getattr(args, name) == ""]:
+    given = ("workdir", "topology", "coordinator", "save", "program")
+    if empty := [name for name in given if getattr(args, name) == ""]:
         raise UserError(f"--{empty[0]}= is empty; give it a value, or leave it out")
     if not args.list and not args.experiment:
         raise UserError("--experiment=NAME is missing; --list prints the names")
@@ -86,9 +89,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         raise UserError(f"--topology goes with --mode=describe and --mode=compile, not --mode={args.mode}")
     if args.mode == "compile" and not args.topology:
         raise UserError("--mode=compile needs --topology=SLICE, such as v5p-1024, or cpu-8 for emulated devices")
-    for name, absent in (("json", False), ("search", False), ("flags", "own")):
+    for name, absent in (("json", False), ("search", False), ("save", None), ("flags", "own")):
         if getattr(args, name) != absent and args.mode != "compile":
             raise UserError(f"--{name} goes with --mode=compile, not --mode={args.mode}")
+    if args.program is not None and args.mode != "train":
+        raise UserError(f"--program goes with --mode=train, not --mode={args.mode}; --save=FILE writes it")
+    if args.save is not None and args.search:
+        raise UserError("--save writes one program, and --search tries many; search first")
     for name in ("explain", "diff"):
         if getattr(args, name) is not None and args.mode != "describe":
             raise UserError(f"--{name} goes with --mode=describe, not --mode={args.mode}")
@@ -193,16 +200,18 @@ def _devices() -> list:
     return devices
 
 
-def _train(name: str, experiment, workdir: str) -> int:
+def _train(name: str, experiment, args: argparse.Namespace, workdir: str) -> int:
     import jax
 
     from axrepro.train.loop import train
+    from axrepro.train.saved import read
     from axrepro.train.workdir import Workdir
 
+    saved = None if args.program is None else read(args.program)
     if jax.process_index() == 0:
         print(f"{name} on {jax.device_count()} × {jax.devices()[0].device_kind}, workdir {workdir}", flush=True)
     try:
-        outcome = train(experiment, Workdir(workdir), name)
+        outcome = train(experiment, Workdir(workdir), name, saved)
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
@@ -213,7 +222,7 @@ def _train(name: str, experiment, workdir: str) -> int:
     return 0
 
 
-def _evaluate(name: str, experiment, workdir: str) -> int:
+def _evaluate(name: str, experiment, args: argparse.Namespace, workdir: str) -> int:
     import json
 
     import jax
@@ -235,6 +244,7 @@ def _compile(name: str, experiment, args: argparse.Namespace) -> int:
     from axrepro.aot.forecast import forecast
     from axrepro.aot.slices import find_slice
     from axrepro.train.hardware import parse_topology
+    from axrepro.train.saved import write
 
     kind, devices, _ = parse_topology(args.topology)
     hardware = devices if kind == "cpu" else find_slice(args.topology)
@@ -249,7 +259,9 @@ def _compile(name: str, experiment, args: argparse.Namespace) -> int:
         trials = search(experiment, hardware, tell)
         print(json.dumps([report.trial_summary(t) for t in trials]) if args.json else report.ranking(name, trials))
         return 0
-    found = forecast(experiment, hardware)
+    found = forecast(experiment, hardware, machine_code=args.save is not None)
+    if found.compiled.executable is not None:
+        write(args.save, found.compiled.executable)
     figures = {"experiment": name, **report.summary(found)}
     lines = [report.text(name, found)]
     if not found.fits:
@@ -314,7 +326,7 @@ def run(argv: list[str]) -> int:
         return 0
     if args.mode == "compile":
         return _compile(name, experiment, args)
-    return {"train": _train, "eval": _evaluate}[args.mode](name, experiment, workdir)
+    return {"train": _train, "eval": _evaluate}[args.mode](name, experiment, args, workdir)
 
 
 def main(argv: list[str] | None = None) -> int:

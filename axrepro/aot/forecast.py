@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from axrepro.aot import program as programs
-from axrepro.aot.compile import Compiled, compile_step
+from axrepro.aot.compile import Compiled, DoesNotFitError, compile_step
 from axrepro.aot.efficiency import EFFICIENCY
 from axrepro.aot.lint import Finding, check
 from axrepro.aot.memory import Memory, read_memory
@@ -88,9 +88,11 @@ class Forecast:
         return found
 
 
-def forecast(experiment: Experiment, hardware: Slice | int) -> Forecast:
+def forecast(experiment: Experiment, hardware: Slice | int, machine_code: bool = False) -> Forecast:
     """Compiles an experiment, to which mesh rule and overrides have been applied, and tells what it will be.
 
+    Args:
+      machine_code: whether `compiled.executable` is made, if the step fits into memory.
     Raises:
       UserError: if experiment, mesh and hardware do not agree, or the compiler is not installed.
     """
@@ -98,7 +100,10 @@ def forecast(experiment: Experiment, hardware: Slice | int) -> Forecast:
         facts = effect(experiment, slice_name("cpu", hardware), hardware)
     else:
         facts = effect(experiment, slice_name(hardware.kind, hardware.devices), hardware.devices, hardware.slices)
-    compiled = compile_step(experiment, hardware)
+    try:
+        compiled = compile_step(experiment, hardware, machine_code)
+    except DoesNotFitError:
+        compiled = compile_step(experiment, hardware)
     program = programs.read(compiled.text)
     memory = read_memory(compiled.buffers, compiled.live_ranges, program.module)
     time = None
