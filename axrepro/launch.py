@@ -47,6 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--explain", metavar="PATH", help="describe where the value of a field, or a group, comes from")
     parser.add_argument("--diff", metavar="OTHER", help="describe how OTHER differs: fields, parameters, FLOPs, bytes")
     parser.add_argument("--json", action="store_true", help="compile: print the report for machines")
+    parser.add_argument(
+        "--html", metavar="FILE", help="compile: write the report as a page, with a picture of the step"
+    )
     parser.add_argument("--search", action="store_true", help="compile: try meshes, remat policies and microbatches")
     parser.add_argument("--save", metavar="FILE", help="compile: write the program, for --program")
     parser.add_argument("--program", metavar="FILE", help="train: read the step from FILE if it is this one's")
@@ -80,7 +83,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
             raise UserError(f"--{name}={value} must be at least {least}")
     if args.devices is not None and args.devices > _MOST_DEVICES:
         raise UserError(f"--devices={args.devices} must be at most {_MOST_DEVICES}; --topology describes larger slices")
-    given = ("workdir", "topology", "coordinator", "save", "program")
+    given = ("workdir", "topology", "html", "save", "program", "coordinator")
     if empty := [name for name in given if getattr(args, name) == ""]:
         raise UserError(f"--{empty[0]}= is empty; give it a value, or leave it out")
     if not args.list and not args.experiment:
@@ -89,13 +92,14 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         raise UserError(f"--topology goes with --mode=describe and --mode=compile, not --mode={args.mode}")
     if args.mode == "compile" and not args.topology:
         raise UserError("--mode=compile needs --topology=SLICE, such as v5p-1024, or cpu-8 for emulated devices")
-    for name, absent in (("json", False), ("search", False), ("save", None), ("flags", "own")):
+    for name, absent in (("json", False), ("html", None), ("search", False), ("save", None), ("flags", "own")):
         if getattr(args, name) != absent and args.mode != "compile":
             raise UserError(f"--{name} goes with --mode=compile, not --mode={args.mode}")
     if args.program is not None and args.mode != "train":
         raise UserError(f"--program goes with --mode=train, not --mode={args.mode}; --save=FILE writes it")
-    if args.save is not None and args.search:
-        raise UserError("--save writes one program, and --search tries many; search first")
+    for name in ("html", "save"):
+        if getattr(args, name) and args.search:
+            raise UserError(f"--{name} is about one forecast and --search makes many; give one of them")
     for name in ("explain", "diff"):
         if getattr(args, name) is not None and args.mode != "describe":
             raise UserError(f"--{name} goes with --mode=describe, not --mode={args.mode}")
@@ -236,6 +240,29 @@ def _evaluate(name: str, experiment, args: argparse.Namespace, workdir: str) -> 
     return 0
 
 
+def _write_page(file: str, text: str | None) -> None:
+    """Writes a file whole or not at all; without text, only sees whether it could.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    path = Path(file)
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"--html={file} is not a file; name one to write the page to")
+        scratch = path.with_name(f"{path.name}.new")
+        try:
+            scratch.write_text(text or "", encoding="utf-8")
+            if text is not None:
+                os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write --html={file}: {error.strerror}; name a file in a folder that exists and can be written"
+        ) from None
+
+
 def _compile(name: str, experiment, args: argparse.Namespace) -> int:
     import json
     from dataclasses import replace
@@ -248,6 +275,10 @@ def _compile(name: str, experiment, args: argparse.Namespace) -> int:
 
     kind, devices, _ = parse_topology(args.topology)
     hardware = devices if kind == "cpu" else find_slice(args.topology)
+    if args.html and kind == "cpu":
+        raise UserError(
+            f"--html draws times, which are not told for {args.topology}; name a TPU slice, or leave it out"
+        )
     if args.flags == "default":
         experiment = replace(experiment, train=replace(experiment.train, compiler_options=()))
     if args.search:
@@ -259,9 +290,15 @@ def _compile(name: str, experiment, args: argparse.Namespace) -> int:
         trials = search(experiment, hardware, tell)
         print(json.dumps([report.trial_summary(t) for t in trials]) if args.json else report.ranking(name, trials))
         return 0
+    if args.html:
+        _write_page(args.html, None)  # a wrong name shall not cost a compilation
     found = forecast(experiment, hardware, machine_code=args.save is not None)
     if found.compiled.executable is not None:
         write(args.save, found.compiled.executable)
+    if args.html:
+        from axrepro.aot.page import html
+
+        _write_page(args.html, html(name, found))
     figures = {"experiment": name, **report.summary(found)}
     lines = [report.text(name, found)]
     if not found.fits:

@@ -160,7 +160,7 @@ def _replicated(step: _Step) -> Iterator[Finding]:
     """By the partitions of the program's arguments."""
     entry = step.module.computations[step.module.entry]
     state = [one for one in entry.parameters if _is_state(one)]
-    worthwhile = min(_LARGE, max(_MEBIBYTE, _SHARE * sum(one.shape.bytes for one in state)))
+    worthwhile = max(_MEBIBYTE, _SHARE * sum(one.shape.bytes for one in state))
     wasted: dict[str, list[tuple[Instruction, str, float]]] = {}
     for one in sorted(state, key=lambda one: len(one.op_name)):
         able = [a for a in _copied_along(one, step) if a in _SPLITTING and _divides(step.mesh[a], one)]
@@ -357,7 +357,7 @@ def _finding(step: _Step, kind: str, one: Collective, text: str, cost: float | N
     return Finding(
         kind=kind,
         tensor=_tensor(step, start, one.op_name),
-        source=next((line for line in lines if line != "unknown"), _relative(one.source)),
+        source=next((line for line in lines if line != "unknown"), relative(one.source)),
         bytes=one.sent * one.trips if cost is None else cost,
         text=text,
     )
@@ -390,10 +390,11 @@ def _line(module: Module, instruction: Instruction) -> str:
     """The innermost line outside of installed packages."""
     frames = module.frames(instruction)
     own = (frame for frame in frames if "site-packages" not in frame.file)
-    return _relative(next(own, None))
+    return relative(next(own, None))
 
 
-def _relative(source: Source | None) -> str:
+def relative(source: Source | None) -> str:
+    """FILE:LINE, from the root of the repository or the working directory where it lies in one of them."""
     if source is None:
         return "unknown"
     path = Path(source.file)

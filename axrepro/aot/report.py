@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from axrepro.aot.forecast import Forecast
+from axrepro.aot.lint import relative
 from axrepro.aot.search import Trial
 from axrepro.core.taps import scopes
 from axrepro.train.describe import readable, table
@@ -83,7 +84,13 @@ def memory(f: Forecast) -> dict[str, Any]:
     """Bytes of one device: what it must hold, of which "peak" is in use at the worst moment, and what is there then."""
     found = f.memory
     largest = [
-        {"bytes": b.bytes, "shape": b.shape, "kind": b.kind, "scope": scopes(b.op_name), "source": str(b.source or "")}
+        {
+            "bytes": b.bytes,
+            "shape": b.shape,
+            "kind": b.kind,
+            "scope": scopes(b.op_name),
+            "source": relative(b.source) if b.source else "",
+        }
         for b in found.peak.buffers[:_SHOWN]
     ]
     sizes = {name: getattr(found, name) for name in ("total", "arguments", "outputs", "constants", "temporaries")}

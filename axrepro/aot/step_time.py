@@ -145,7 +145,10 @@ class _Clock:
             slowed = (1 - self._efficiency.overlap) * max(0.0, took - waited)
             parts[f"waiting: {part}"] += waited
             parts[f"slowed by: {part}"] += slowed
-            now += waited + slowed
+            for why, lasts in ((f"waiting: {part}", waited), (f"slowed by: {part}", slowed)):
+                if lasts:
+                    events.append(Event(CORE, now, lasts, why, "", ""))
+                now += lasts
 
         for item in body.items:
             if isinstance(item, _Body):

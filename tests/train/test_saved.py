@@ -106,7 +106,7 @@ def test_a_file_that_is_no_program_or_damaged_ends_in_one_line(saved, tmp_path):
         (["--save=x"], "--save goes with --mode=compile"),
         (["--program=x", "--mode=describe"], "--program goes with --mode=train"),
         (["--program="], "--program= is empty"),
-        (["--mode=compile", "--topology=v5p-8", "--search", "--save=x"], "search first"),
+        (["--mode=compile", "--topology=v5p-8", "--search", "--save=x"], "--save is about one forecast"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(args, told, capsys):
