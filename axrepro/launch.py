@@ -240,8 +240,8 @@ def _evaluate(name: str, experiment, args: argparse.Namespace, workdir: str) -> 
     return 0
 
 
-def _write_page(file: str, text: str | None) -> None:
-    """Writes a file whole or not at all; without text, only sees whether it could.
+def _write(flag: str, file: str, content: bytes | None) -> None:
+    """Writes the file of a flag whole or not at all; without content, only sees whether it could.
 
     Raises:
       UserError: if it cannot be written.
@@ -249,17 +249,17 @@ def _write_page(file: str, text: str | None) -> None:
     path = Path(file)
     try:
         if path.exists() and not path.is_file():
-            raise UserError(f"--html={file} is not a file; name one to write the page to")
+            raise UserError(f"--{flag}={file} is not a file; name one to write to")
         scratch = path.with_name(f"{path.name}.new")
         try:
-            scratch.write_text(text or "", encoding="utf-8")
-            if text is not None:
+            scratch.write_bytes(content or b"")
+            if content is not None:
                 os.replace(scratch, path)
         finally:
             scratch.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot write --html={file}: {error.strerror}; name a file in a folder that exists and can be written"
+            f"cannot write --{flag}={file}: {error.strerror}; name a file in a folder that exists and can be written"
         ) from None
 
 
@@ -268,12 +268,14 @@ def _compile(name: str, experiment, args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from axrepro.aot import report
+    from axrepro.aot.analytic import is_gpu
     from axrepro.aot.forecast import forecast
     from axrepro.aot.slices import find_slice
     from axrepro.train.hardware import parse_topology
-    from axrepro.train.saved import write
 
     kind, devices, _ = parse_topology(args.topology)
+    if is_gpu(kind):
+        return _estimate(name, experiment, args)
     hardware = devices if kind == "cpu" else find_slice(args.topology)
     if args.html and kind == "cpu":
         raise UserError(
@@ -290,15 +292,16 @@ def _compile(name: str, experiment, args: argparse.Namespace) -> int:
         trials = search(experiment, hardware, tell)
         print(json.dumps([report.trial_summary(t) for t in trials]) if args.json else report.ranking(name, trials))
         return 0
-    if args.html:
-        _write_page(args.html, None)  # a wrong name shall not cost a compilation
+    for flag in ("html", "save"):
+        if file := getattr(args, flag):
+            _write(flag, file, None)  # a wrong name shall not cost a compilation
     found = forecast(experiment, hardware, machine_code=args.save is not None)
     if found.compiled.executable is not None:
-        write(args.save, found.compiled.executable)
+        _write("save", args.save, found.compiled.executable)
     if args.html:
         from axrepro.aot.page import html
 
-        _write_page(args.html, html(name, found))
+        _write("html", args.html, html(name, found).encode())
     figures = {"experiment": name, **report.summary(found)}
     lines = [report.text(name, found)]
     if not found.fits:
@@ -308,6 +311,21 @@ def _compile(name: str, experiment, args: argparse.Namespace) -> int:
         figures["remedies"] = [report.trial_summary(trial) for trial in trials]
         lines += ["", "it does not fit; what would help:", *map(report.trial, trials)]
     print(json.dumps(figures) if args.json else "\n".join(lines))
+    return 0 if found.fits else 3
+
+
+def _estimate(name: str, experiment, args: argparse.Namespace) -> int:
+    import json
+
+    from axrepro.aot import report
+    from axrepro.aot.analytic import estimate
+
+    for flag, absent in (("html", None), ("search", False), ("save", None), ("flags", "own")):
+        if getattr(args, flag) != absent:
+            raise UserError(f"--{flag} needs a compiled step, and {args.topology} is only estimated; name a TPU slice")
+    found = estimate(experiment, args.topology)
+    figures = {"experiment": name, **report.estimate_summary(found)}
+    print(json.dumps(figures) if args.json else report.estimate_text(name, found))
     return 0 if found.fits else 3
 
 

@@ -8,10 +8,8 @@ program is nonetheless code: read only those of people whose code you would run.
 import hashlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -99,16 +97,6 @@ def dump(program: Program, lowered: jax.stages.Lowered, compiled: jax.stages.Com
     executable = compiled.runtime_executable().serialize()
     line = {**origin(program, lowered), "bytes": len(executable), "sha256": hashlib.sha256(executable).hexdigest()}
     return json.dumps(line).encode() + b"\n" + executable
-
-
-def write(path: str, content: bytes) -> None:
-    """Whole or not at all. Raises UserError if it cannot be written."""
-    scratch = Path(f"{path}.new")
-    try:
-        scratch.write_bytes(content)
-        os.replace(scratch, path)
-    except OSError as error:
-        raise UserError(f"cannot write the program {path}: {error}") from None
 
 
 def read(path: str) -> SavedStep:
