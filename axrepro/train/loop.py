@@ -185,9 +185,13 @@ def compile_step(
     lowered, options = lower_step(program, batch), compiler_options(program.experiment)
     if saved is not None:
         if (difference := saved.difference(origin(program, lowered))) is None:
-            compiled = saved.load(lowered, options)
-            tell("the step was read from the saved program, not compiled")
-            return compiled
+            try:
+                compiled = saved.load(lowered, options)
+            except jax.errors.JaxRuntimeError as error:
+                difference = f"the device refuses it: {' '.join(str(error).split())[:200]}"
+            else:
+                tell("the step was read from the saved program, not compiled")
+                return compiled
         tell(f"the saved program is not used: {difference}; compiling")
     return lowered.compile(options or None)
 
