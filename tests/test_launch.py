@@ -92,7 +92,7 @@ def test_slices_have_the_mesh_rule_of_their_kind(capsys):
     assert launch.main(arguments) == 0
     shown = capsys.readouterr().out
     assert "v5p-1024: 512 devices, mesh rule 'v5p-.*'" in shown
-    assert "data 2, fsdp 32, expert 8" in shown
+    assert "data 2, fsdp 4, expert 64" in shown
 
 
 def test_emulated_devices_are_as_many_as_asked_for():
@@ -106,7 +106,7 @@ def test_the_mesh_rule_of_a_slice_applies_and_the_command_line_wins(capsys):
     assert launch.main(["--experiment=moe_29b", "--mode=describe", "--topology=v5p-1024"]) == 0
     ruled = capsys.readouterr().out
     assert "mesh rule 'v5p-.*'" in ruled
-    assert "fsdp 64, expert 8" in ruled
+    assert "fsdp 8, expert 64" in ruled
     over = ["--mesh.expert=4", "--train.remat=full"]
     assert launch.main(["--experiment=moe_29b", "--mode=describe", "--topology=v5p-1024", *over]) == 0
     changed = capsys.readouterr().out

@@ -174,7 +174,10 @@ def _collect(process, folder: Path, machine_code: bool, start: float) -> Compile
             if len(sizes) > _SETTLED and len(set(sizes[-_SETTLED:])) == 1 and sizes[-1]:
                 return _compiled(folder, noted, start)
         if ended:
-            raise RuntimeError(f"the compiler ended with exit code {process.exitcode} and said nothing")
+            raise RuntimeError(
+                f"the compiler's process ended with exit code {process.exitcode} and said nothing; a script must ask "
+                'for programs below `if __name__ == "__main__":`, as the process imports it'
+            )
         time.sleep(_POLL)
 
 

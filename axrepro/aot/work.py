@@ -188,7 +188,7 @@ class Costs:
         if given.root:
             return None
         for user in computation.users.get(given.name, ()):
-            if user.opcode in _ALIASES:
+            if user.opcode in _ALIASES or is_view(user):
                 later = self._read_inside(computation, user)
                 amounts.append(None if later is None else later * given.shape.bits // user.shape.bits)
             elif user.opcode == "dynamic-update-slice" and not _is_in_place(computation, user):
@@ -253,9 +253,17 @@ def _is_in_place(computation: Computation, update: Instruction) -> bool:
 
 def plain(computation: Computation, instruction: Instruction) -> Instruction:
     """What an instruction is another view of."""
-    while instruction.opcode == "bitcast":
+    while is_view(instruction):
         instruction = computation.by_name[instruction.operands[0]]
     return instruction
+
+
+def is_view(instruction: Instruction) -> bool:
+    """Whether it is another form of its operand where that lies: a bitcast, or (v7x) a fusion said to be in place."""
+    whole = instruction.attributes.get("output_to_operand_aliasing", "").replace(" ", "") == "{{}:(0,{})}"
+    return instruction.opcode == "bitcast" or (
+        instruction.opcode == "fusion" and whole and len(instruction.operands) == 1
+    )
 
 
 def aliased(instruction: Instruction) -> Mapping[int, int]:

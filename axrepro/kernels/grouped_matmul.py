@@ -14,7 +14,7 @@ from axrepro.errors import UserError, nearest
 from axrepro.kernels.tokamax_package import load_tokamax
 
 Implementation = Literal["auto", "ragged_dot", "megablox", "tokamax", "loop"]
-_AUTO: dict[str, Implementation] = {"cpu": "loop", "gpu": "tokamax", "tpu": "ragged_dot"}
+_AUTO: dict[str, Implementation] = {"cpu": "loop", "gpu": "tokamax", "tpu": "megablox"}
 _PLATFORMS = {"megablox": ("tpu",), "tokamax": ("gpu", "cpu"), "loop": ("cpu",)}
 
 
@@ -34,7 +34,8 @@ def grouped_matmul(
       dtype: of accumulation and result; None: that of the operands.
       implementation: "ragged_dot" is the compiler's own, "megablox" jax's Pallas kernel for TPUs, "tokamax" that
         library's for GPUs, "loop" blocks of rows with ordinary products, because on CPU XLA multiplies all rows
-        with all matrices. "auto" takes "loop" on CPU, "tokamax" on GPU, "ragged_dot" on TPU.
+        with all matrices; on TPU it does so for the gradient of the matrices. "auto" takes "loop" on CPU, "tokamax"
+        on GPU, "megablox" on TPU.
       platform: what the program is compiled for.
     Raises:
       UserError: for an implementation that the platform does not have.
