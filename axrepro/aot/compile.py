@@ -35,8 +35,7 @@ class Compiled:
       mesh: devices per mesh axis.   places: per device, in the order of the mesh, (slice, coordinates on its torus).
       capacity: bytes of a device's memory that a program may take; None of CPUs. What the step needs (see
         `axrepro.aot.memory`) can be more: the compiler then stops once it has planned the memory.
-      seconds: what the compiler took.   executable: for `axrepro.train.saved`; None
-        unless machine code was asked for.
+      seconds: what the compiler took.   executable: for `axrepro.train.saved`, if asked for.
     """
 
     text: str = field(repr=False)
