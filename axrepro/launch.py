@@ -295,7 +295,7 @@ def _compile(name: str, experiment, args: argparse.Namespace) -> int:
     for flag in ("html", "save"):
         if file := getattr(args, flag):
             _write(flag, file, None)  # a wrong name shall not cost a compilation
-    found = forecast(experiment, hardware, machine_code=args.save is not None)
+    found = forecast(experiment, hardware, args.save is not None)
     if found.compiled.executable is not None:
         _write("save", args.save, found.compiled.executable)
     if args.html:
