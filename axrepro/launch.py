@@ -51,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         "--html", metavar="FILE", help="compile: write the report as a page, with a picture of the step"
     )
     parser.add_argument("--search", action="store_true", help="compile: try meshes, remat policies and microbatches")
+    parser.add_argument("--save", metavar="FILE", help="compile: write the program, for --program")
+    parser.add_argument("--program", metavar="FILE", help="train: read the step from FILE if it is this one's")
     parser.add_argument("--flags", choices=FLAGS, default="own", help="compile: with the run's compiler flags, or none")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where it is not detected")
     parser.add_argument("--num_processes", type=int, metavar="N", help="with --coordinator")
@@ -81,7 +83,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
             raise UserError(f"--{name}={value} must be at least {least}")
     if args.devices is not None and args.devices > _MOST_DEVICES:
         raise UserError(f"--devices={args.devices} must be at most {_MOST_DEVICES}; --topology describes larger slices")
-    if empty := [name for name in ("workdir", "topology", "html", "coordinator") if getattr(args, name) == ""]:
+    given = ("workdir", "topology", "html", "save", "program", "coordinator")
+    if empty := [name for name in given if getattr(args, name) == ""]:
         raise UserError(f"--{empty[0]}= is empty; give it a value, or leave it out")
     if not args.list and not args.experiment:
         raise UserError("--experiment=NAME is missing; --list prints the names")
@@ -89,11 +92,14 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         raise UserError(f"--topology goes with --mode=describe and --mode=compile, not --mode={args.mode}")
     if args.mode == "compile" and not args.topology:
         raise UserError("--mode=compile needs --topology=SLICE, such as v5p-1024, or cpu-8 for emulated devices")
-    for name, absent in (("json", False), ("html", None), ("search", False), ("flags", "own")):
+    for name, absent in (("json", False), ("html", None), ("search", False), ("save", None), ("flags", "own")):
         if getattr(args, name) != absent and args.mode != "compile":
             raise UserError(f"--{name} goes with --mode=compile, not --mode={args.mode}")
-    if args.html and args.search:
-        raise UserError("--html is about one forecast and --search makes many; give one of them")
+    if args.program is not None and args.mode != "train":
+        raise UserError(f"--program goes with --mode=train, not --mode={args.mode}; --save=FILE writes it")
+    for name in ("html", "save"):
+        if getattr(args, name) and args.search:
+            raise UserError(f"--{name} is about one forecast and --search makes many; give one of them")
     for name in ("explain", "diff"):
         if getattr(args, name) is not None and args.mode != "describe":
             raise UserError(f"--{name} goes with --mode=describe, not --mode={args.mode}")
@@ -198,16 +204,18 @@ def _devices() -> list:
     return devices
 
 
-def _train(name: str, experiment, workdir: str) -> int:
+def _train(name: str, experiment, args: argparse.Namespace, workdir: str) -> int:
     import jax
 
     from axrepro.train.loop import train
+    from axrepro.train.saved import read
     from axrepro.train.workdir import Workdir
 
+    saved = None if args.program is None else read(args.program)
     if jax.process_index() == 0:
         print(f"{name} on {jax.device_count()} × {jax.devices()[0].device_kind}, workdir {workdir}", flush=True)
     try:
-        outcome = train(experiment, Workdir(workdir), name)
+        outcome = train(experiment, Workdir(workdir), name, saved)
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
@@ -218,7 +226,7 @@ def _train(name: str, experiment, workdir: str) -> int:
     return 0
 
 
-def _evaluate(name: str, experiment, workdir: str) -> int:
+def _evaluate(name: str, experiment, args: argparse.Namespace, workdir: str) -> int:
     import json
 
     import jax
@@ -232,8 +240,8 @@ def _evaluate(name: str, experiment, workdir: str) -> int:
     return 0
 
 
-def _write_page(file: str, text: str | None) -> None:
-    """Writes a file whole or not at all; without text, only sees whether it could.
+def _write(flag: str, file: str, content: bytes | None) -> None:
+    """Writes the file of a flag whole or not at all; without content, only sees whether it could.
 
     Raises:
       UserError: if it cannot be written.
@@ -241,17 +249,17 @@ def _write_page(file: str, text: str | None) -> None:
     path = Path(file)
     try:
         if path.exists() and not path.is_file():
-            raise UserError(f"--html={file} is not a file; name one to write the page to")
+            raise UserError(f"--{flag}={file} is not a file; name one to write to")
         scratch = path.with_name(f"{path.name}.new")
         try:
-            scratch.write_text(text or "", encoding="utf-8")
-            if text is not None:
+            scratch.write_bytes(content or b"")
+            if content is not None:
                 os.replace(scratch, path)
         finally:
             scratch.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot write --html={file}: {error.strerror}; name a file in a folder that exists and can be written"
+            f"cannot write --{flag}={file}: {error.strerror}; name a file in a folder that exists and can be written"
         ) from None
 
 
@@ -260,11 +268,14 @@ def _compile(name: str, experiment, args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from axrepro.aot import report
+    from axrepro.aot.analytic import is_gpu
     from axrepro.aot.forecast import forecast
     from axrepro.aot.slices import find_slice
     from axrepro.train.hardware import parse_topology
 
     kind, devices, _ = parse_topology(args.topology)
+    if is_gpu(kind):
+        return _estimate(name, experiment, args)
     hardware = devices if kind == "cpu" else find_slice(args.topology)
     if args.html and kind == "cpu":
         raise UserError(
@@ -281,13 +292,16 @@ def _compile(name: str, experiment, args: argparse.Namespace) -> int:
         trials = search(experiment, hardware, tell)
         print(json.dumps([report.trial_summary(t) for t in trials]) if args.json else report.ranking(name, trials))
         return 0
-    if args.html:
-        _write_page(args.html, None)  # a wrong name shall not cost a compilation
-    found = forecast(experiment, hardware)
+    for flag in ("html", "save"):
+        if file := getattr(args, flag):
+            _write(flag, file, None)  # a wrong name shall not cost a compilation
+    found = forecast(experiment, hardware, args.save is not None)
+    if found.compiled.executable is not None:
+        _write("save", args.save, found.compiled.executable)
     if args.html:
         from axrepro.aot.page import html
 
-        _write_page(args.html, html(name, found))
+        _write("html", args.html, html(name, found).encode())
     figures = {"experiment": name, **report.summary(found)}
     lines = [report.text(name, found)]
     if not found.fits:
@@ -297,6 +311,21 @@ def _compile(name: str, experiment, args: argparse.Namespace) -> int:
         figures["remedies"] = [report.trial_summary(trial) for trial in trials]
         lines += ["", "it does not fit; what would help:", *map(report.trial, trials)]
     print(json.dumps(figures) if args.json else "\n".join(lines))
+    return 0 if found.fits else 3
+
+
+def _estimate(name: str, experiment, args: argparse.Namespace) -> int:
+    import json
+
+    from axrepro.aot import report
+    from axrepro.aot.analytic import estimate
+
+    for flag, absent in (("html", None), ("search", False), ("save", None), ("flags", "own")):
+        if getattr(args, flag) != absent:
+            raise UserError(f"--{flag} needs a compiled step, and {args.topology} is only estimated; name a TPU slice")
+    found = estimate(experiment, args.topology)
+    figures = {"experiment": name, **report.estimate_summary(found)}
+    print(json.dumps(figures) if args.json else report.estimate_text(name, found))
     return 0 if found.fits else 3
 
 
@@ -352,7 +381,7 @@ def run(argv: list[str]) -> int:
         return 0
     if args.mode == "compile":
         return _compile(name, experiment, args)
-    return {"train": _train, "eval": _evaluate}[args.mode](name, experiment, workdir)
+    return {"train": _train, "eval": _evaluate}[args.mode](name, experiment, args, workdir)
 
 
 def main(argv: list[str] | None = None) -> int:

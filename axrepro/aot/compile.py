@@ -35,7 +35,7 @@ class Compiled:
       mesh: devices per mesh axis.   places: per device, in the order of the mesh, (slice, coordinates on its torus).
       capacity: bytes of a device's memory that a program may take; None of CPUs. What the step needs (see
         `axrepro.aot.memory`) can be more: the compiler then stops once it has planned the memory.
-      seconds: what the compiler took.   executable: serialised; None unless machine code was asked for.
+      seconds: what the compiler took.   executable: for `axrepro.train.saved`, if asked for.
     """
 
     text: str = field(repr=False)
@@ -112,7 +112,7 @@ def _compile_into(experiment: Experiment, hardware: Slice | int, machine_code: b
 
     from axrepro.aot.slices import devices
     from axrepro.core.sharding import make_mesh
-    from axrepro.train import loop
+    from axrepro.train import loop, saved
     from axrepro.train.state import Program
 
     if isinstance(hardware, int):
@@ -124,14 +124,11 @@ def _compile_into(experiment: Experiment, hardware: Slice | int, machine_code: b
     places = [(getattr(d, "slice_index", 0) or 0, *getattr(d, "coords", (d.id,))) for d in mesh.devices.flat]
     capacity = None if isinstance(hardware, int) else _capacity(found[0])
     _write(folder / "layout.json", json.dumps({"mesh": dict(mesh.shape), "places": places, "capacity": capacity}))
-    compiled = loop.compile_step(
-        program, loop.abstract_batch(program), {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
-    )
+    lowered = loop.lower_step(program, loop.abstract_batch(program))
+    dumps = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+    compiled = lowered.compile({**loop.compiler_options(experiment), **dumps})
     if machine_code:
-        from jax.experimental import serialize_executable
-
-        payload, _, _ = serialize_executable.serialize(compiled)
-        (folder / "executable").write_bytes(payload)
+        (folder / "executable").write_bytes(saved.dump(program, lowered, compiled))
     _write(folder / "program.txt", compiled.as_text() or "")
 
 

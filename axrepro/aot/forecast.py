@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from axrepro.aot import program as programs
-from axrepro.aot.compile import Compiled, compile_step
+from axrepro.aot.compile import Compiled, DoesNotFitError, compile_step
 from axrepro.aot.efficiency import EFFICIENCY
 from axrepro.aot.lint import Finding, check
 from axrepro.aot.memory import Memory, read_memory
@@ -59,38 +59,44 @@ class Forecast:
 
     @cached_property
     def speed(self) -> Mapping[str, float]:
-        """What the step time amounts to, {} without one.
-
-        "mfu" counts attention as masked, "mfu_full" whole; "{unit}_per_second" and "{unit}_per_day" are of all devices;
-        "usd_per_billion_{unit}" is at the list price, where there is one; "checkpoint_share" is how much longer the run
-        takes because the state is copied to the hosts every `checkpoint.every` steps.
-        """
+        """What the step time amounts to, see `speeds`; {} without one."""
         if self.time is None or self.chip is None:
             return {}
-        seconds, chip, unit = self.time.seconds, self.chip, self.effect.unit
-        chips = self.devices / chip.devices
-        peak = chip.tflops * 1e12 * chips
-        rate = self.effect.units / seconds
-        found = {
-            "step_seconds": seconds,
-            "mfu": self.effect.flops.causal / seconds / peak,
-            "mfu_full": self.effect.flops.full / seconds / peak,
-            f"{unit}_per_second": rate,
-            f"{unit}_per_day": rate * DAY,
-        }
-        if chip.price is not None:
-            found[f"usd_per_billion_{unit}"] = chip.price.usd * chips / 3600 / rate * 1e9
-        if chip.pcie_gbs is not None:
-            sizes = self.effect.bytes_per_device
-            state = sum(size for kind, size in sizes.items() if kind not in ("gradients", "batch"))
-            copy = state * chip.devices / (chip.pcie_gbs * 1e9)
-            found["checkpoint_share"] = copy / (self.experiment.checkpoint.every * seconds)
-        return found
+        return speeds(self.time.seconds, self.experiment, self.effect, self.chip, self.devices)
 
 
-def forecast(experiment: Experiment, hardware: Slice | int) -> Forecast:
+def speeds(seconds: float, experiment: Experiment, facts: Effect, chip: Chip, devices: int) -> dict[str, float]:
+    """What a step of so many seconds amounts to on so many devices.
+
+    "mfu" counts attention as masked, "mfu_full" whole; "{unit}_per_second" and "{unit}_per_day" are of all devices;
+    "usd_per_billion_{unit}" is at the list price, where there is one; "checkpoint_share" is how much longer the run
+    takes because the state is copied to the hosts every `checkpoint.every` steps.
+    """
+    unit, chips = facts.unit, devices / chip.devices
+    peak = chip.tflops * 1e12 * chips
+    rate = facts.units / seconds
+    found = {
+        "step_seconds": seconds,
+        "mfu": facts.flops.causal / seconds / peak,
+        "mfu_full": facts.flops.full / seconds / peak,
+        f"{unit}_per_second": rate,
+        f"{unit}_per_day": rate * DAY,
+    }
+    if chip.price is not None:
+        found[f"usd_per_billion_{unit}"] = chip.price.usd * chips / 3600 / rate * 1e9
+    if chip.pcie_gbs is not None:
+        sizes = facts.bytes_per_device
+        state = sum(size for kind, size in sizes.items() if kind not in ("gradients", "batch"))
+        copy = state * chip.devices / (chip.pcie_gbs * 1e9)
+        found["checkpoint_share"] = copy / (experiment.checkpoint.every * seconds)
+    return found
+
+
+def forecast(experiment: Experiment, hardware: Slice | int, machine_code: bool = False) -> Forecast:
     """Compiles an experiment, to which mesh rule and overrides have been applied, and tells what it will be.
 
+    Args:
+      machine_code: whether `compiled.executable` is made, if the step fits into memory.
     Raises:
       UserError: if experiment, mesh and hardware do not agree, or the compiler is not installed.
     """
@@ -98,7 +104,10 @@ def forecast(experiment: Experiment, hardware: Slice | int) -> Forecast:
         facts = effect(experiment, slice_name("cpu", hardware), hardware)
     else:
         facts = effect(experiment, slice_name(hardware.kind, hardware.devices), hardware.devices, hardware.slices)
-    compiled = compile_step(experiment, hardware)
+    try:
+        compiled = compile_step(experiment, hardware, machine_code)
+    except DoesNotFitError:
+        compiled = compile_step(experiment, hardware)
     program = programs.read(compiled.text)
     memory = read_memory(compiled.buffers, compiled.live_ranges, program.module)
     time = None

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from axrepro.aot.analytic import EFFICIENCY, Estimate
 from axrepro.aot.forecast import Forecast
 from axrepro.aot.lint import relative
 from axrepro.aot.search import Trial
 from axrepro.core.taps import scopes
 from axrepro.train.describe import readable, table
+from axrepro.train.hardware import Chip
 
 _SHOWN = 12  # collectives
+_ESTIMATED = "estimated from the config, not compiled"
 
 
 def summary(f: Forecast) -> dict[str, Any]:
@@ -41,34 +44,17 @@ def summary(f: Forecast) -> dict[str, Any]:
 def text(name: str, f: Forecast) -> str:
     """The report: a table of figures, then the breakdown of the step and its collectives."""
     figures = summary(f)
-    mesh = ", ".join(f"{axis} {size}" for axis, size in f.compiled.mesh.items() if size > 1) or "one device"
     rows = {
-        "hardware": f"{f.effect.slice_name}: {f.devices} devices, mesh {mesh}",
+        "hardware": f"{f.effect.slice_name}: {f.devices} devices, mesh {_mesh(f.compiled.mesh)}",
         "compiled in": f"{f.compiled.seconds:.0f} s, up to machine code",
         "memory per device": _memory(figures["memory"]),
         "arithmetic": _arithmetic(figures["flops"]),
     }
-    if f.time is not None:
-        unit = f.effect.unit
-        rows |= {
-            "step time": f"{f.time.seconds:.3f} s",
-            "MFU": f"{figures['mfu']:.1%} (attention as masked), {figures['mfu_full']:.1%} (whole attention matrix)",
-            "throughput": f"{figures[f'{unit}_per_second']:,.0f} {unit}/s, {figures[f'{unit}_per_day'] / 1e9:,.2f} "
-            f"billion a day",
-        }
-        if f"usd_per_billion_{unit}" in figures and f.chip is not None and f.chip.price is not None:
-            price = f.chip.price
-            rows["list price"] = (
-                f"{figures[f'usd_per_billion_{unit}']:,.0f} USD per billion {unit} "
-                f"({price.usd} USD a chip-hour, {price.terms}, {price.read})"
-            )
-        if "checkpoint_share" in figures:
-            rows["checkpoints"] = f"{figures['checkpoint_share']:.2%} of the time, to copy the state to the hosts"
+    if f.time is not None and f.chip is not None:
+        rows |= _speeds(figures, f.effect.unit, f.chip)
     lines = [f"{name}: forecast", *table(rows)]
     if f.time is not None:
-        lines += ["", "where the step's time goes"]
-        shown = [(part, seconds) for part, seconds in _largest(f.time.parts) if seconds > 0.001 * f.time.seconds]
-        lines += [f"{seconds / f.time.seconds:7.1%} {seconds:9.4f} s  {part}" for part, seconds in shown]
+        lines += _breakdown(f.time.parts, f.time.seconds)
     if figures["collectives"]:
         lines += ["", "collectives, bytes that a device sends in a step"]
         for row in figures["collectives"][:_SHOWN]:
@@ -78,6 +64,75 @@ def text(name: str, f: Forecast) -> str:
             )
     lines += ["", *buffers(f), ""]
     return "\n".join([*lines, *(["findings", *map(str, f.findings)] if f.findings else ["no findings"])])
+
+
+def estimate_summary(e: Estimate) -> dict[str, Any]:
+    """All figures of an estimate, under the names of `summary` as far as there are such figures."""
+    executed = e.effect.flops.causal * (1 + e.recomputed) / e.devices
+    return {
+        "estimated": _ESTIMATED,
+        "hardware": e.effect.slice_name,
+        "devices": e.devices,
+        "mesh": dict(e.effect.mesh),
+        "memory": {"total": sum(e.memory.values()), "capacity": e.capacity, "fits": e.fits, "kinds": dict(e.memory)},
+        "flops": {
+            "executed": executed,
+            "recomputed": e.effect.flops.causal * e.recomputed / e.devices,
+            "model": e.effect.flops.causal / e.devices,
+            "model_full": e.effect.flops.full / e.devices,
+        },
+        **e.speed,
+        "breakdown": {part: seconds for part, seconds in _largest(e.parts) if seconds > 0},
+        "left_out": list(e.left_out),
+    }
+
+
+def estimate_text(name: str, e: Estimate) -> str:
+    """The report of an estimate."""
+    figures = estimate_summary(e)
+    found = figures["memory"]
+    kinds = ", ".join(f"{kind} {readable(size)}" for kind, size in found["kinds"].items() if size)
+    fits = "" if e.fits else ": DOES NOT FIT"
+    rows = {
+        "hardware": f"{e.effect.slice_name}: {e.devices} devices, mesh {_mesh(e.effect.mesh)}",
+        "how": f"{_ESTIMATED}; products at {EFFICIENCY:.0%} of the published rate",
+        "memory per device": f"{readable(found['total'])} of {readable(e.capacity)} ({kinds}){fits}",
+        "arithmetic": _arithmetic(figures["flops"]),
+        **_speeds(figures, e.effect.unit, e.chip),
+    }
+    lines = [f"{name}: estimate", *table(rows), *_breakdown(e.parts, e.seconds)]
+    return "\n".join([*lines, *(["", f"not reckoned with: {'; '.join(e.left_out)}"] if e.left_out else [])])
+
+
+def _mesh(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
+
+
+def _speeds(figures: Mapping[str, Any], unit: str, chip: Chip) -> dict[str, str]:
+    """Rows of the table: what the step time amounts to."""
+    rows = {
+        "step time": f"{figures['step_seconds']:.3f} s",
+        "MFU": f"{figures['mfu']:.1%} (attention as masked), {figures['mfu_full']:.1%} (whole attention matrix)",
+        "throughput": f"{figures[f'{unit}_per_second']:,.0f} {unit}/s, {figures[f'{unit}_per_day'] / 1e9:,.2f} "
+        f"billion a day",
+    }
+    if chip.price is not None:
+        rows["list price"] = (
+            f"{figures[f'usd_per_billion_{unit}']:,.0f} USD per billion {unit} "
+            f"({chip.price.usd} USD a chip-hour, {chip.price.terms}, {chip.price.read})"
+        )
+    if "checkpoint_share" in figures:
+        rows["checkpoints"] = f"{figures['checkpoint_share']:.2%} of the time, to copy the state to the hosts"
+    return rows
+
+
+def _breakdown(parts: Mapping[str, float], total: float) -> list[str]:
+    shown = [(part, seconds) for part, seconds in _largest(parts) if seconds > 0.001 * total]
+    return [
+        "",
+        "where the step's time goes",
+        *(f"{seconds / total:7.1%} {seconds:9.4f} s  {part}" for part, seconds in shown),
+    ]
 
 
 def memory(f: Forecast) -> dict[str, Any]:

@@ -1,10 +1,9 @@
 """The training loop."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -24,6 +23,7 @@ from axrepro.train.histograms import LINES, Alarm, shares
 from axrepro.train.not_finite import Monitor
 from axrepro.train.processes import on_first
 from axrepro.train.provenance import check_workdir, record_config
+from axrepro.train.saved import SavedStep, origin
 from axrepro.train.signals import Preemption
 from axrepro.train.state import Program, TrainState
 from axrepro.train.step import train_step
@@ -54,7 +54,7 @@ def build_program(experiment: Experiment) -> Program:
     shapes = {name: array.shape for name, array in experiment.data.abstract().items()}
     experiment.method.check(shapes, experiment.data.vocab_size)
     _ = program.shardings  # rules and mesh fit the parameters
-    if options := _compiler_options(experiment):
+    if options := compiler_options(experiment):
         try:
             jax.jit(lambda: 0).lower().compile(options)
         except jax.errors.JaxRuntimeError as error:
@@ -62,15 +62,16 @@ def build_program(experiment: Experiment) -> Program:
     return program
 
 
-def _compiler_options(experiment: Experiment) -> dict[str, str | bool] | None:
-    return dict(experiment.train.compiler_options) or None
+def compiler_options(experiment: Experiment) -> dict[str, str | bool]:
+    """What the compiler of the step is told."""
+    return dict(experiment.train.compiler_options)
 
 
-def train(experiment: Experiment, workdir: Workdir, name: str) -> Outcome:
+def train(experiment: Experiment, workdir: Workdir, name: str, saved: SavedStep | None = None) -> Outcome:
     """Trains, evaluates and checkpoints; in a workdir with checkpoints it resumes from the last.
 
     Args:
-      name: of the experiment; a workdir belongs to one.
+      name: of the experiment; a workdir belongs to one.   saved: the compiled step, used if it is of this very run.
     Raises:
       UserError: for wrong input or a damaged checkpoint.
       NotFiniteError: for a loss or gradient that is inf or nan, see `Train.not_finite`.
@@ -112,7 +113,9 @@ def train(experiment: Experiment, workdir: Workdir, name: str) -> Outcome:
         try:
             on_first(lambda: record_config(workdir, name, experiment))
             with Preemption() as preemption:
-                state, scalars = _run(program, state, batches, evaluate, checkpoints, writers, preemption, diagnosis)
+                state, scalars = _run(
+                    program, state, batches, evaluate, checkpoints, writers, preemption, diagnosis, saved
+                )
         finally:
             diagnosis.close()
             writers.close()
@@ -164,20 +167,37 @@ def abstract_batch(program: Program) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=shardings[name]) for name, a in arrays.items()}
 
 
-def compile_step(program: Program, batch: dict, options: Mapping[str, str | bool] = MappingProxyType({})):
-    """The train step, compiled ahead of its first use: it cannot be compiled twice. The state is donated.
-
-    Args:
-      options: for the compiler, besides those of the experiment.
-    """
+def lower_step(program: Program, batch: dict) -> jax.stages.Lowered:
+    """The train step, ready for the compiler. The state is donated."""
     out_shardings = (program.shardings, program.replicated)
     jitted = jax.jit(functools.partial(train_step, program), donate_argnums=0, out_shardings=out_shardings)
-    given = {**(_compiler_options(program.experiment) or {}), **options}
-    return jitted.lower(program.abstract_state, batch).compile(given or None)
+    return jitted.lower(program.abstract_state, batch)
+
+
+def compile_step(
+    program: Program, batch: dict, saved: SavedStep | None = None, tell: Callable[[str], None] = print
+) -> jax.stages.Compiled:
+    """The train step, compiled ahead of its first use: it cannot be compiled twice.
+
+    Args:
+      saved: one that was compiled before, taken in its place if it is the same.   tell: is told whether it was.
+    """
+    lowered, options = lower_step(program, batch), compiler_options(program.experiment)
+    if saved is not None:
+        if (difference := saved.difference(origin(program, lowered))) is None:
+            try:
+                compiled = saved.load(lowered, options)
+            except jax.errors.JaxRuntimeError as error:
+                difference = f"the device refuses it: {' '.join(str(error).split())[:200]}"
+            else:
+                tell("the step was read from the saved program, not compiled")
+                return compiled
+        tell(f"the saved program is not used: {difference}; compiling")
+    return lowered.compile(options or None)
 
 
 def _run(
-    program, state, batches: Batches, evaluate: Evaluator, checkpoints, writers, preemption, diagnosis: Diagnosis
+    program, state, batches: Batches, evaluate: Evaluator, checkpoints, writers, preemption, diagnosis: Diagnosis, saved
 ) -> tuple[TrainState[jax.Array], dict[str, float]]:
     experiment, settings = program.experiment, program.experiment.train
     step = int(state.step)
@@ -196,7 +216,7 @@ def _run(
     while step < settings.steps:
         batch = rollout(state, next(batches))
         if step_fn is None:
-            step_fn = diagnosis.compiled = compile_step(program, batch)
+            step_fn = diagnosis.compiled = compile_step(program, batch, saved, writers.say)
             meter.watch.restart(step)
         meter.watch.leave_out(diagnosis.before(step + 1, state, batch))
         state, report = step_fn(state, batch)
