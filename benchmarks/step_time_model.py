@@ -87,7 +87,7 @@ def load(names: list[str], cache: Path | None) -> tuple[list[Row], dict[str, str
 
 
 def fit(rows: list[Row], start: Mapping[str, Efficiency]) -> dict[str, Efficiency]:
-    """The efficiencies at which the logarithms of forecast over published are least; runs that miss by far hardly count."""
+    """The efficiencies at which forecasts are nearest to published times, outliers weighted down."""
     from scipy.optimize import least_squares
 
     kinds = sorted({row.hardware.kind for row in rows})
@@ -106,7 +106,7 @@ def fit(rows: list[Row], start: Mapping[str, Efficiency]) -> dict[str, Efficienc
     first = [getattr(start[kinds[0]], name) for name in SHARED] + [start[kind].product for kind in kinds]
     upper = [LIMITS[name] for name in SHARED] + [LIMITS["product"]] * len(kinds)
     first = [min(value, limit - 0.01) for value, limit in zip(first, upper, strict=True)]
-    found = least_squares(errors, first, bounds=(0.02, upper), loss="cauchy", f_scale=0.05, diff_step=0.02)
+    found = least_squares(errors, first, bounds=(0.02, upper), loss="soft_l1", f_scale=0.1, diff_step=0.02)
     fitted = unpacked(found.x)
     shared = {name: getattr(fitted[kinds[0]], name) for name in SHARED}
     return {kind: Efficiency(**{**asdict(one), **shared}) for kind, one in fitted.items()}
@@ -161,7 +161,7 @@ def main() -> None:
     efficiency = fit([row for row in rows if row.run.family in FITTED], EFFICIENCY)
     lines, errors = table(rows, efficiency)
     factors = [
-        f"{kind}: " + ", ".join(f"{name} {value:.3f}" for name, value in asdict(one).items() if name != "source")
+        f"{kind}: " + ", ".join(f"{name} {value:.3f}" for name, value in asdict(one).items())
         for kind, one in efficiency.items()
     ]
     missing = [f"{name}: {reason}" for name, reason in failed.items()]

@@ -1,6 +1,6 @@
 """A forecast as a page to look at: one HTML file that needs nothing else."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -188,7 +188,7 @@ def _together(group: Sequence[Block]) -> Block:
 
 def _loop(time: StepTime, body: str) -> str:
     """What a loop is about: the scope in which it spends most, and whether it goes backward."""
-    spent: Counter[str] = Counter()
+    spent: dict[str, float] = defaultdict(float)
     backward = 0.0
     for event in time.passes[body].events:
         if event.lane == CORE and event.part != _LOOP and event.op_name:
@@ -196,7 +196,7 @@ def _loop(time: StepTime, body: str) -> str:
             backward += event.seconds * _is_backward(event.op_name)
     inner = [_loop(time, event.name) for event in time.passes[body].events if event.part == _LOOP]
     scope = max(spent, key=lambda key: spent[key], default="") or next(iter(inner), "a loop")
-    return f"{scope}, backward" if backward > spent.total() / 4 else scope
+    return f"{scope}, backward" if backward > sum(spent.values()) / 4 else scope
 
 
 def _is_backward(op_name: str) -> bool:

@@ -34,7 +34,6 @@ class Efficiency:
     Attributes:
       product: matrix products.   attention: those inside of attention kernels, whose softmax shares the time.
       memory: main memory.   link: links between chips.   host: between chip and host.
-      source: what they come from.
     """
 
     product: float
@@ -43,7 +42,6 @@ class Efficiency:
     link: float
     host: float
     overlap: float
-    source: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,9 @@ class _Clock:
 
     def tree(self) -> _Body:
         """The program by loops."""
-        trips = {(*loop.path, loop.body): loop.entered * (loop.trips or 1) for loop in self._program.loops}
+        trips: dict[tuple[str, ...], int] = {
+            (*loop.path, loop.body): loop.entered * (loop.trips or 1) for loop in self._program.loops
+        }
         root = _Body(self._program.module.entry, 1, [])
         open_ = [root]
         for one in self._program.instructions:

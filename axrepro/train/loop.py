@@ -99,10 +99,10 @@ def train(experiment: Experiment, workdir: Workdir, name: str, saved: SavedStep 
         else:
             if resumed_from > settings.steps:
                 raise UserError(f"{workdir.address} is at step {resumed_from}, beyond train.steps={settings.steps}")
-            saved = checkpoints.restore(program.abstract_state)
-            state = saved.state
+            checkpoint = checkpoints.restore(program.abstract_state)
+            state = checkpoint.state
             try:
-                batches.seek(saved.data_position)
+                batches.seek(checkpoint.data_position)
             except UserError as error:
                 raise UserError(
                     f"checkpoint {checkpoints.folder / str(resumed_from)}: {error}; use the data it was made with, "

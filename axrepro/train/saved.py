@@ -94,6 +94,7 @@ def origin(program: Program, lowered: jax.stages.Lowered) -> dict[str, Any]:
 
 def dump(program: Program, lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> bytes:
     """The content of a file."""
+    # pyrefly: ignore[missing-attribute]  # jax types it as what a program that was never compiled has, None
     executable = compiled.runtime_executable().serialize()
     line = {**origin(program, lowered), "bytes": len(executable), "sha256": hashlib.sha256(executable).hexdigest()}
     return json.dumps(line).encode() + b"\n" + executable

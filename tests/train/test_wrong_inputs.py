@@ -89,7 +89,7 @@ ARGUMENTS = {
     "explain with a wrong override": ((*V5P, "--explain=train", "--trian.steps=1"), "trian"),
     "diff with an unknown experiment": ((*V5P, "--diff=moe_7b"), "moe_7b", "moe_6b"),
     "diff with an override for one": (
-        (*V5P, "--diff=dense_6b", "--method.model.layers.layer.layers.3.ffn.num_experts=8"),
+        (*V5P, "--diff=dense_6b", "--method.model.layers.layer.layers.3.ffn.num_experts=128"),
         "dense_6b, of the two",
         "'layers'",
     ),
