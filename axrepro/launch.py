@@ -92,6 +92,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         raise UserError(f"--topology goes with --mode=describe and --mode=compile, not --mode={args.mode}")
     if args.mode == "compile" and not args.topology:
         raise UserError("--mode=compile needs --topology=SLICE, such as v5p-1024, or cpu-8 for emulated devices")
+    for name in ("devices", "workdir", "coordinator", "num_processes", "process_id"):
+        if args.mode == "compile" and getattr(args, name) is not None:
+            raise UserError(f"--{name} does nothing with --mode=compile, which compiles for --topology={args.topology}")
     for name, absent in (("json", False), ("html", None), ("search", False), ("save", None), ("flags", "own")):
         if getattr(args, name) != absent and args.mode != "compile":
             raise UserError(f"--{name} goes with --mode=compile, not --mode={args.mode}")
@@ -161,11 +164,15 @@ def join_processes(args: argparse.Namespace) -> None:
 
 def _hardware(args: argparse.Namespace) -> tuple[str, int, int]:
     """(slice name, devices, slices) of the topology that was asked for, else of this machine."""
-    from axrepro.train.hardware import parse_topology, slice_name
+    from axrepro.train.hardware import CHIPS, parse_topology, slice_name
 
     slices = 1
     if args.topology:
         kind, count, slices = parse_topology(args.topology)
+        if args.mode == "compile" and kind in CHIPS and CHIPS[kind].torus:
+            from axrepro.aot.slices import find_slice
+
+            find_slice(args.topology)  # that there is such a slice comes before what its mesh would be
     else:
         devices = _devices()
         count, kind = len(devices), devices[0].device_kind

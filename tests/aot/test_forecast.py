@@ -165,6 +165,10 @@ def test_recomputed_arithmetic_is_told_apart_and_the_report_says_in_words_what_t
 
 
 WRONG = {
+    "no such slice": (("--topology=v5p:8x8x9",), "8x8x9", "v5p-1152"),
+    "no such slice, and a mesh that does not fit it": (("--topology=v5p-1026", "--mesh.fsdp=3"), "513 chips"),
+    "emulated devices": (("--topology=v5p-8", "--devices=8"), "--devices", "--topology=v5p-8"),
+    "a workdir": (("--topology=v5p-8", "--workdir=here"), "--workdir", "does nothing"),
     "no topology": ((), "--mode=compile needs --topology=SLICE", "cpu-8"),
     "unknown topology": (("--topology=v9-8",), "v9-8", "v5p"),
     "topology that is not to be had": (("--topology=v5p:3x3x3",), "3x3x3", "v5p"),
