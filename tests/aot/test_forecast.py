@@ -173,7 +173,7 @@ WRONG = {
     "unknown topology": (("--topology=v9-8",), "v9-8", "v5p"),
     "topology that is not to be had": (("--topology=v5p:3x3x3",), "3x3x3", "v5p"),
     "topology in words": (("--topology=eight",), "'eight'", "v5p-1024"),
-    "slice of GPUs": (("--topology=h100-8",), "h100", "v5p"),
+    "search on GPUs": (("--topology=h100-8", "--search"), "--search", "h100-8"),
     "mesh of other devices": (("--topology=v5p:2x2x2", "--mesh.data=3"), "8", "3"),
     "batch that devices do not divide": (("--topology=v5p:2x2x2", "--data.batch_size=12"), "12", "batch"),
     "search without times": (("--topology=cpu-8", "--search"), "--search", "cpu-8", "TPU"),
