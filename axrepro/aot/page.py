@@ -42,7 +42,7 @@ _HELD = {
 }
 """Kinds of memory, and in whose colours they are drawn."""
 
-_SHARE = 0.02  # of the step; loops that take less are not drawn
+_SHARE = 0.05  # of the step; loops that take less are not drawn
 _LEFT, _PLOT, _RIGHT = 72, 1000, 18  # pixels
 _CORE, _BESIDE, _GAP = 22, 12, 3  # heights of rows, and between them
 _LETTER, _SEEN, _NARROW = 5.8, 6, 0.5  # pixels
