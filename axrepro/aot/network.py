@@ -17,6 +17,7 @@ from axrepro.aot.slices import Slice
 from axrepro.train.hardware import CHIPS
 
 HOP = 1e-6  # seconds from a chip to its neighbour (scaling book, "TPUs")
+UNKNOWN_DCN = 1.0  # GB/s of a chip between slices, assumed where nothing is published (v4)
 
 Places = tuple[tuple[int, ...], ...]
 Groups = tuple[tuple[int, ...], ...]
@@ -110,14 +111,14 @@ def seconds(kind: str, size: float, over: Route, hardware: Slice) -> float:
     """
     chip = CHIPS[hardware.kind]
     if kind == "collective-permute":
-        slow = size / ((chip.dcn_gbs or 1.0) * 1e9) if over.slices > 1 else 0.0
+        slow = size / ((chip.dcn_gbs or UNKNOWN_DCN) * 1e9) if over.slices > 1 else 0.0
         return slow + size * over.load / (chip.link_gbs * 1e9) + HOP * over.hops
     within = over.size // over.slices
     time = _within(kind, size, over, chip.link_gbs * 1e9)
     if over.slices > 1:
         # each chip sends its own part: what has been reduced, or is yet to be gathered, within the slice
         crossing = {"all-reduce": 2 * size / within, "all-to-all": size}.get(kind, size / within)
-        time += crossing * (over.slices - 1) / over.slices / ((chip.dcn_gbs or 1.0) * 1e9)
+        time += crossing * (over.slices - 1) / over.slices / ((chip.dcn_gbs or UNKNOWN_DCN) * 1e9)
     hops = sum(side.hops for side in over.sides)
     return time + HOP * max(hops, 1) * (2 if kind == "all-reduce" else 1)
 

@@ -19,9 +19,10 @@ from axrepro.aot.program import Program
 from axrepro.aot.slices import Slice
 from axrepro.aot.work import HOST, Executed
 from axrepro.core.hlo import Shape
-from axrepro.train.hardware import CHIPS, Chip
+from axrepro.train.hardware import CHIPS
 
 CORE = "core"
+UNKNOWN_PCIE = 16.0  # GB/s between chip and host, assumed where nothing is published (v7x)
 _KERNEL = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
 _PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
 """Of a splash attention kernel: how many products go along the heads of queries and keys, and how many of values."""
@@ -108,6 +109,8 @@ class _Clock:
         self._program, self._hardware, self._efficiency = program, hardware, efficiency
         self._chip = CHIPS[hardware.kind]
         self._places = compiled.places
+        # devices share their chip's memory
+        self._memory_rate = self._chip.hbm_gbs * 1e9 / self._chip.devices * efficiency.memory
         self._collectives: dict[int, list[Collective]] = defaultdict(list)
         for one in program.collectives(compiled.mesh):
             self._collectives[id(one.span.start)].append(one)
@@ -193,8 +196,7 @@ class _Clock:
             return "", 0.0  # others do it
         chip, efficiency = self._chip, self._efficiency
         rate = chip.tflops * 1e12 / chip.devices
-        shares = _shares(chip)
-        memory = one.bytes / (chip.hbm_gbs * 1e9 / shares * efficiency.memory)
+        memory = one.bytes / self._memory_rate
         if kernel := _attention_flops(self._program, one):
             return "attention", max(kernel / (rate * efficiency.attention), memory)
         if one.flops:
@@ -212,16 +214,10 @@ class _Clock:
             yield network.resources(over), f"{each.kind} over {'+'.join(each.axes) or 'itself'}", took
         moved = one.reads.get(HOST, 0) + one.writes.get(HOST, 0)
         if moved:
-            rate = (self._chip.pcie_gbs or 16.0) * 1e9 * self._efficiency.host
+            rate = (self._chip.pcie_gbs or UNKNOWN_PCIE) * 1e9 * self._efficiency.host
             yield ("host",), "host memory", moved / rate
         elif one.instruction.opcode.endswith("-start") and not self._collectives.get(id(one)):
-            rate = self._chip.hbm_gbs * 1e9 / _shares(self._chip) * self._efficiency.memory
-            yield ("memory",), "copies", one.bytes / rate
-
-
-def _shares(chip: Chip) -> int:
-    """Devices that share a chip's memory."""
-    return chip.devices
+            yield ("memory",), "copies", one.bytes / self._memory_rate
 
 
 def _attention_flops(program: Program, one: Executed) -> float:
