@@ -56,7 +56,7 @@ def line(fn, text: str) -> str:
     """FILE:LINE of the line of a function that holds a text."""
     lines, first = inspect.getsourcelines(fn)
     (at,) = (number for number, one in enumerate(lines, first) if text in one)
-    return f"tests/aot/test_lint.py:{at}"
+    return f"tests/aot/test_step_lint.py:{at}"
 
 
 def layers(w, batch):
