@@ -41,6 +41,15 @@ def unchecked():
 
 
 @pytest.fixture
+def optimised():
+    """Programs as they would run."""
+    fast = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", fast)
+
+
+@pytest.fixture
 def assert_close():
     """Whether arrays, or all leaves of nested dicts, agree: norm of the difference over norm of the desired value."""
     from axrepro.core.tree import flatten

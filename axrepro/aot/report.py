@@ -46,7 +46,7 @@ def text(name: str, f: Forecast) -> str:
     figures = summary(f)
     rows = {
         "hardware": f"{f.effect.slice_name}: {f.devices} devices, mesh {_mesh(f.compiled.mesh)}",
-        "compiled in": f"{f.compiled.seconds:.0f} s, up to machine code",
+        "compiled in": f"{f.compiled.seconds:.0f} s, {'with' if f.compiled.executable else 'up to'} machine code",
         "memory per device": _memory(figures["memory"]),
         "arithmetic": _arithmetic(figures["flops"]),
     }

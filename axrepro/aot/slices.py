@@ -37,7 +37,8 @@ class Slice:
     """Chips that links join to a grid, or several such slices with the data centre's network between them.
 
     Attributes:
-      kind: of the chips, a name in CHIPS.   shape: chips along every axis of one slice.   slices: how many there are.
+      kind: of the chips, a name in CHIPS.   shape: chips along every axis of one slice, whose torus is not twisted.
+      slices: how many there are.
     """
 
     kind: str
@@ -64,12 +65,6 @@ class Slice:
         if len(self.shape) == 2:
             return tuple(size == 16 for size in self.shape)
         return (all(size % 4 == 0 for size in self.shape),) * 3
-
-    @property
-    def twistable(self) -> bool:
-        """Whether Google also offers a twisted torus of this shape: n×n×2n or n×2n×2n. It is never meant here."""
-        a, b, c = (*self.shape, 0)[:3]
-        return all(self.wraps) and c == 2 * a and b in (a, c)
 
 
 @cache

@@ -16,13 +16,7 @@ from axrepro.errors import UserError
 F32 = 4
 
 
-@pytest.fixture(autouse=True)
-def optimised():
-    """Programs as they would run."""
-    fast = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", fast)
+pytestmark = pytest.mark.usefixtures("optimised")
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """A compiled program does what its text is read to do: FLOPs, trips and collectives against counts by hand."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from axrepro.aot.collectives import decode_groups
 from axrepro.aot.program import Program, read
+from axrepro.aot.slices import devices, find_slice
 from axrepro.core import Context, MeshShape, Rules, make_mesh
 from axrepro.core.param import abstract_params
 from axrepro.core.sharding import named, param_partitions
@@ -476,23 +475,9 @@ def test_asynchronous_computations_and_pairs_of_start_and_done():
 # a program for TPUs
 
 
-@pytest.fixture
-def optimised():
-    """Programs as they would run."""
-    fast = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", fast)
-
-
 def test_a_program_for_a_v5p_slice(optimised):
     pytest.importorskip("libtpu", reason="programs for TPUs need their compiler: pip install libtpu")
-    from jax.experimental import topologies
-
-    # neither a metadata server nor the lock of another process is to be asked
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2").devices
-    mesh = make_mesh(MeshShape(data=1, fsdp=4, expert=2), devices)
+    mesh = make_mesh(MeshShape(data=1, fsdp=4, expert=2), devices(find_slice("v5p:2x2x2")))
     both = ("fsdp", "expert")
     shape = lambda spec, *dims: jax.ShapeDtypeStruct(dims, BF16, sharding=NamedSharding(mesh, P(*spec)))
     w = (shape((None, "fsdp"), 6, 512, 2048), shape((None, None, "fsdp"), 6, 2048, 512))

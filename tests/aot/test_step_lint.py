@@ -1,7 +1,6 @@
 """Planted faults are found in compiled programs, with tensor and line; the same programs without them are clean."""
 
 import inspect
-import os
 from functools import cache
 
 import jax
@@ -12,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from axrepro.aot.lint import Finding, check
 from axrepro.aot.program import read
+from axrepro.aot.slices import devices, find_slice
 from axrepro.core import MeshShape, Rules, make_mesh
 from axrepro.nn.moe import GATHER_REDUCE
 from axrepro.train.hardware import CHIPS
@@ -20,13 +20,7 @@ LAYERS, DIM, HIDDEN, EXPERTS = 4, 512, 1024, 8
 BF16 = jnp.bfloat16
 
 
-@pytest.fixture(scope="module", autouse=True)
-def optimised():
-    """Programs as they would run."""
-    fast = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", fast)
+pytestmark = pytest.mark.usefixtures("optimised")
 
 
 @cache
@@ -34,12 +28,7 @@ def mesh(platform: str, **sizes: int):
     if platform == "cpu":
         return make_mesh(MeshShape(data=1, **sizes), jax.devices()[:8])
     pytest.importorskip("libtpu", reason="programs for TPUs need their compiler: pip install libtpu")
-    from jax.experimental import topologies
-
-    # neither a metadata server nor the lock of another process is to be asked
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    found = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2").devices
-    return make_mesh(MeshShape(data=1, **sizes), found)
+    return make_mesh(MeshShape(data=1, **sizes), devices(find_slice("v5p:2x2x2")))
 
 
 def findings(fn, on, rules=Rules(), **arguments) -> list[Finding]:

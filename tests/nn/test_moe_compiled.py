@@ -1,7 +1,6 @@
 """What a mixture costs between devices, read from programs compiled for TPU slices, without a TPU."""
 
 import math
-import os
 import re
 from functools import cache
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
+from axrepro.aot.slices import devices, find_slice
 from axrepro.core import Context, MeshShape, Rules, make_mesh
 from axrepro.core.aux import objective
 from axrepro.core.param import abstract_params
@@ -26,28 +26,13 @@ WEIGHTS = 3
 V5P, V6E = "v5p:2x2x2", "v6e:2x4"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def optimised():
-    """Programs as they would run."""
-    fast = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", fast)
-
-
-@cache
-def devices(name: str):
-    from jax.experimental import topologies
-
-    # neither a metadata server nor the lock of another process is to be asked
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+pytestmark = pytest.mark.usefixtures("optimised")
 
 
 @cache
 def text(name: str, dispatch: str, dims=(1, 2, 4), gradient=True, remat="none", rules=Rules(), **changes) -> str:
     """The compiled program of a mixture's output, or of a loss and all gradients; dims of data, fsdp and expert."""
-    mesh = make_mesh(MeshShape(**dict(zip(("data", "fsdp", "expert"), dims, strict=True))), devices(name))
+    mesh = make_mesh(MeshShape(**dict(zip(("data", "fsdp", "expert"), dims, strict=True))), devices(find_slice(name)))
     moe = MoE(expert=FeedForward(hidden=HIDDEN), num_experts=EXPERTS, dispatch=dispatch, **changes)
     ctx = Context(train=True, dtype="bfloat16", platform="tpu", mesh=mesh, rules=rules)
     sizes = dict(mesh.shape)
