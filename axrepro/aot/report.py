@@ -33,6 +33,9 @@ def summary(f: Forecast) -> dict[str, Any]:
             "model_full": f.effect.flops.full / f.devices,
         },
         "collectives": collectives(f),
+        "host_transfers": {
+            way: sum(getattr(one, way) * one.trips for one in f.program.transfers()) for way in ("to_host", "from_host")
+        },
         "findings": [asdict(finding) for finding in f.findings],
         **f.speed,
     }
@@ -50,6 +53,9 @@ def text(name: str, f: Forecast) -> str:
         "memory per device": _memory(figures["memory"]),
         "arithmetic": _arithmetic(figures["flops"]),
     }
+    if any(figures["host_transfers"].values()):
+        there, back = figures["host_transfers"].values()
+        rows["host traffic"] = f"{readable(there)} there and {readable(back)} back, a step and device"
     if f.time is not None and f.chip is not None:
         rows |= _speeds(figures, f.effect.unit, f.chip)
     lines = [f"{name}: forecast", *table(rows)]

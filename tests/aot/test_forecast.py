@@ -66,6 +66,7 @@ def test_a_step_on_emulated_devices_computes_what_the_config_says_and_is_not_tim
 
 DOCUMENTED = {
     "experiment", "hardware", "devices", "mesh", "compile_seconds", "memory", "flops", "collectives", "findings",
+    "host_transfers",
 }  # fmt: skip
 TIMED = {"step_seconds", "mfu", "mfu_full", "tokens_per_second", "tokens_per_day", "breakdown"}
 
@@ -162,6 +163,15 @@ def test_recomputed_arithmetic_is_told_apart_and_the_report_says_in_words_what_t
     shares = [float(share) for share in re.findall(r"^ +([\d.]+)% +[\d.]+ s  ", out, re.M)]
     assert 98.5 < sum(shares) <= 100.5
     assert "\\'" not in out  # names of parameters as they are written
+
+
+def test_what_is_offloaded_goes_to_the_host_and_back_once(compiler):
+    more = {"train__remat": "offload_qkv", "method__model__layers__layer__attention__head_dim": "128"}  # whole tiles
+    found = forecast(tiny("v6e-4", **more), SQUARE)
+    rows, length, heads, layers = 8 // 4, 64, 4 + 2 + 2, 2  # of queries, keys and values
+    size = rows * length * heads * 128 * 4 * layers
+    assert report.summary(found)["host_transfers"] == {"to_host": size, "from_host": size}
+    assert "MiB there and" in report.text(TINY, found)
 
 
 WRONG = {
