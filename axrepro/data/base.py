@@ -45,6 +45,11 @@ class Examples(ABC):
         """Sizes of the split, for reports: `documents`, `tokens` (targets per epoch), `bytes` (raw), as they apply."""
         return {}
 
+    @property
+    def bad_records(self) -> Mapping[int, str]:
+        """What was wrong with each record that this process has left out so far, by number."""
+        return {}
+
 
 def logical_axes(array: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
     """The logical axes of an array of a batch: int32 and bool arrays of rank 2 or more hold one value per token."""
