@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -337,6 +337,7 @@ class LogMel(FieldTransform):
         needed = {"none": self.window_size, "zeros": 1, "reflect": beyond + 1}[self.padding]
         if len(samples) < max(needed, self.window_size - 2 * beyond):
             raise ValueError(f"the sound has {len(samples)} samples, and LogMel needs {needed}; pad it or leave it out")
+        samples = samples.astype(np.float32, copy=False)
         if beyond:
             samples = np.pad(samples, beyond, mode="constant" if self.padding == "zeros" else "reflect")
         window, filters = _tables(self)
@@ -478,12 +479,12 @@ class SpecAugment(FieldTransform):
         require(self, "frame_share", is_number(self.frame_share) and 0 <= self.frame_share <= 1, "a share in [0, 1]")
 
     @classmethod
-    def librispeech_basic(cls) -> Self:
+    def librispeech_basic(cls) -> "SpecAugment":
         """LB of Table 1."""
         return cls(time_warp=80, band_masks=1, frame_masks=1)
 
     @classmethod
-    def librispeech_double(cls) -> Self:
+    def librispeech_double(cls) -> "SpecAugment":
         """LD of Table 1."""
         return cls(time_warp=80)
 

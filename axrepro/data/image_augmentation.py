@@ -1,7 +1,7 @@
 """What changes the look of pictures in training: RandAugment, and several different views of one picture."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 
@@ -241,7 +241,7 @@ class MultiCrop:
         require(self, "global_views", bool(self.global_views), "the transforms of at least one view")
 
     @classmethod
-    def dino(cls, num_local: int = 8, global_size: int = 224, local_size: int = 96) -> Self:
+    def dino(cls, num_local: int = 8, global_size: int = 224, local_size: int = 96) -> "MultiCrop":
         """Two global views and some local ones, as the authors' `main_dino.py` makes them, normalised."""
 
         def view(crop: RandomResizedCrop, blur: float, *more: Transform) -> tuple[Transform, ...]:

@@ -300,7 +300,7 @@ Resampling = Literal["nearest", "box", "bilinear", "bicubic", "lanczos"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Resampled(FieldTransform):
-    """Cuts a box out of a picture and resamples it, in one go.
+    """Cuts a box out of a picture and resamples it, in one go; the filter sees the pixels beside the box too.
 
     Attributes:
       resampling: Pillow's filter of that name, which widens where it shrinks a picture, against aliasing.
