@@ -1,6 +1,7 @@
 """Records to text: what is learnt of a template and of a conversation, against the renderer of transformers."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 from axrepro.core import UserError
 from axrepro.data.formats import _FORMATS, Chat, Template
 
-GSM8K = Path(__file__).resolve().parents[2].parent / "shared/data/gsm8k/train.jsonl"
+DATA = os.environ.get("AXREPRO_DATA", Path(__file__).resolve().parents[2].parent / "shared/data")
+GSM8K = Path(DATA, "gsm8k/train.jsonl")
 SYSTEM = {"role": "system", "content": "Be brief."}
 TALK = (
     {"role": "user", "content": "What is 2 + 2?"},
@@ -191,7 +193,7 @@ def test_a_template_cannot_leave_its_sandbox_or_change_the_record():
 
 def test_what_a_template_raises_is_told():
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
-    with pytest.raises(UserError, match="refuses the first 1 message.s.: no system here"):
+    with pytest.raises(UserError, match=r"refuses the first 1 message\(s\): no system here"):
         parts(Chat(template=refusing), (SYSTEM, *TALK[1:]))
 
 
@@ -201,7 +203,7 @@ def test_a_wrong_template_is_named(template):
         parts(Chat(template=template), TALK)
 
 
-@pytest.mark.skipif(not GSM8K.exists(), reason="needs shared/data/gsm8k beside the repository")
+@pytest.mark.skipif(not GSM8K.exists(), reason="needs GSM8K, at AXREPRO_DATA or beside the repository")
 def test_real_records_keep_every_character_of_question_and_answer():
     template = Template(template="Question: {question}\nAnswer: {answer}", loss=("answer",))
     chat = Chat(template="plain")
