@@ -4,8 +4,10 @@ A `Source` is config: which files, and which of their records are held out. It o
 tokens or pictures, is the affair of transforms.
 """
 
+import logging
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,6 +64,59 @@ class Records(ABC):
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
+
+
+def apply_transforms(transforms: Sequence[Transform], example: Example, rng: np.random.Generator, name: str) -> Example:
+    """The transforms one after the other.
+
+    Raises:
+      BadRecord: naming the example, if one refuses it.
+    """
+    try:
+        for transform in transforms:
+            example = transform(example, rng)
+    except BadRecord:
+        raise
+    except ValueError as error:
+        raise BadRecord(f"{name}: {error}") from None
+    return example
+
+
+class Faults:
+    """The bad records of a split: told by name, counted, and an error once there are too many."""
+
+    def __init__(self, limit: int):
+        """
+        Args:
+          limit: how many a process may leave out; 0: the first one is an error.
+        """
+        self._limit = limit
+        self._lock = threading.Lock()
+        self.seen: dict[int, str] = {}
+
+    def __getstate__(self):
+        return {"_limit": self._limit, "seen": self.seen}
+
+    def __setstate__(self, state):
+        self.__init__(state["_limit"])
+        self.seen = dict(state["seen"])
+
+    def add(self, index: int, error: BadRecord) -> None:
+        """Counts a record, each only once.
+
+        Raises:
+          BadRecord: if none may be left out.
+          UserError: if there are more than may be.
+        """
+        with self._lock:
+            if index in self.seen:
+                return
+            self.seen[index] = str(error)
+            if not self._limit:
+                raise error
+            if len(self.seen) > self._limit:
+                raise UserError(f"{len(self.seen)} bad records, and max_bad_records={self._limit}; the last: {error}")
+        logging.warning("left out (%d of at most %d): %s", len(self.seen), self._limit, error)
 
 
 class Source(ABC):

@@ -18,7 +18,7 @@ def _yardsticks(holdout: int) -> dict[str, float]:
     from axrepro.quickstart.ngram import interpolated_bits_per_byte, xz_bits_per_byte
 
     source = PythonStdlib(holdout=holdout)
-    train, held_out = ([d.data for d in source.documents(split)] for split in ("train", "eval"))
+    train, held_out = ([record["text"] for record in source.open(split)] for split in ("train", "eval"))
     bits = interpolated_bits_per_byte(train, held_out, max_order=3)
     size = sum(map(len, held_out))
     by_file = sum(xz_bits_per_byte([d]) * len(d) for d in held_out if d) / size

@@ -2,16 +2,18 @@
 
 import gzip
 import json
+import pickle
 
 import pytest
+import zstandard
 
 from axrepro.core import UserError
 from axrepro.core.config import override
-from axrepro.data import JsonLines, PythonStdlib, TextFiles
+from axrepro.data import BadRecord, JsonLines, PythonStdlib, TextFiles, sources
 
 
 def contents(source, split):
-    return [document.data for document in source.documents(split)]
+    return [record["text"] for record in source.open(split)]
 
 
 def write(folder, name, content: bytes):
@@ -94,10 +96,11 @@ def test_json_lines_give_a_document_per_line(tmp_path):
     lines = [json.dumps({"body": f"línea {i}", "id": i}) for i in range(50)]
     write(tmp_path, "x.jsonl", "\n".join(lines[:25]).encode() + b"\n\n")
     write(tmp_path, "y.jsonl.gz", "\r\n".join(lines[25:]).encode())
-    source = JsonLines(f"{tmp_path}/*.jsonl*", field="body", holdout=4)
-    train, held_out = contents(source, "train"), contents(source, "eval")
-    assert sorted(train + held_out) == sorted(f"línea {i}".encode() for i in range(50))
-    assert held_out
+    source = JsonLines(f"{tmp_path}/*.jsonl*", holdout=4)
+    train, held_out = source.open("train"), source.open("eval")
+    assert sorted(record["id"] for record in (*train, *held_out)) == list(range(50))
+    assert all(record["body"] == f"línea {record['id']}" for record in (*train, *held_out))
+    assert len(held_out)
 
 
 @pytest.mark.parametrize(
@@ -105,28 +108,27 @@ def test_json_lines_give_a_document_per_line(tmp_path):
     [
         (b"{oops", "is not JSON"),
         (b"[1]", "holds a JSON list"),
-        (b'{"txt": "a"}', "no field 'text'; did you mean 'txt'"),
-        (b'{"text": 5}', "is 5, not a string"),
-        (b'{"text": "\\ud800"}', "not Unicode"),
         (b'{"text": "\xff"}', "is not JSON"),
     ],
 )
 def test_a_bad_json_line_is_named_with_its_number(tmp_path, line, message):
     write(tmp_path, "bad.jsonl", b'{"text": "fine"}\n\n' + line + b"\n")
-    with pytest.raises(UserError, match=r"bad\.jsonl:3.*" + message):
-        contents(JsonLines(f"{tmp_path}/bad.jsonl", holdout=0), "train")
+    records = JsonLines(f"{tmp_path}/bad.jsonl", holdout=0).open("train")
+    assert records[0] == {"text": "fine"}
+    with pytest.raises(BadRecord, match=r"bad\.jsonl:3.*" + message):
+        records[1]
 
 
 def test_the_standard_library_is_utf8_in_a_fixed_order_and_split():
     source = PythonStdlib(holdout=40)
-    held_out = list(source.documents("eval"))
-    assert held_out == list(source.documents("eval"))
-    names = [document.name for document in held_out]
+    held_out = source.open("eval")
+    assert list(held_out) == list(source.open("eval"))
+    names = [held_out.name(i) for i in range(len(held_out))]
     assert names == sorted(names)
     assert len(names) > 10
     assert not any("site-packages" in name for name in names)
-    for document in held_out:
-        document.data.decode()
+    for record in held_out:
+        record["text"].decode()
 
 
 @pytest.mark.parametrize("holdout", [1, -3])
@@ -138,3 +140,41 @@ def test_a_holdout_that_leaves_nothing_to_train_on_is_refused(holdout):
 def test_fields_can_be_set_from_the_command_line():
     source = override(TextFiles("a/*"), {"pattern": "b/*", "holdout": "7", "eval_pattern": "c/*"})
     assert source == TextFiles("b/*", holdout=7, eval_pattern="c/*")
+
+
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+def test_records_are_looked_up_in_any_order_also_after_pickling(tmp_path, packed):
+    lines = b"\n".join(json.dumps({"id": i, "text": "x" * i}).encode() for i in range(40)) + b"\n"
+    compress = {"": lambda data: data, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[packed]
+    (tmp_path / f"a.jsonl{packed}").write_bytes(compress(lines[: lines.index(b"\n", 500) + 1]))
+    (tmp_path / f"b.jsonl{packed}").write_bytes(compress(lines[lines.index(b"\n", 500) + 1 :]))
+    records = JsonLines(f"{tmp_path}/*.jsonl*", holdout=0).open("train")
+    copy = pickle.loads(pickle.dumps(records))
+    assert [copy[i]["id"] for i in range(39, -1, -1)] == [records[i]["id"] for i in range(39, -1, -1)]
+    assert [record["id"] for record in records] == list(range(40))
+
+
+def test_two_zstd_frames_are_one_file_and_half_a_frame_is_an_error(tmp_path):
+    frame = lambda text: zstandard.ZstdCompressor().compress(text)
+    path = tmp_path / "two.txt.zst"
+    path.write_bytes(frame(b"one ") + frame(b"two"))
+    assert contents(TextFiles(str(path), holdout=0), "train") == [b"one two"]
+    path.write_bytes(frame(b"one ") + frame(b"two")[:-4])
+    with pytest.raises(UserError, match=r"two\.txt\.zst"):
+        contents(TextFiles(str(path), holdout=0), "train")
+
+
+def test_a_file_that_shrinks_under_its_records_is_named(tmp_path):
+    path = write(tmp_path, "log.jsonl", b'{"text": "a"}\n' * 9)
+    records = JsonLines(str(path), holdout=0).open("train")
+    path.write_bytes(b'{"text": "a"}\n')
+    with pytest.raises(BadRecord, match=r"log\.jsonl:5.*shorter"):
+        records[4]
+
+
+def test_files_beyond_the_limit_of_open_ones_are_read_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_OPEN_FILES", 2)
+    for i in range(5):
+        write(tmp_path, f"{i}.jsonl", b'{"id": %d}\n' % i)
+    records = JsonLines(f"{tmp_path}/*.jsonl", holdout=0).open("train")
+    assert [records[i]["id"] for i in (4, 0, 3, 1, 2, 4, 0)] == [4, 0, 3, 1, 2, 4, 0]

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from axrepro.core import UserError
 from axrepro.core.config import override
-from axrepro.data import Bytes, Document, PackedText, PythonStdlib, SentencePiece, Text, TextFiles, permutation
+from axrepro.data import Bytes, MemoryStore, PackedText, PythonStdlib, SentencePiece, Text, TextFiles, permutation
 
 texts = st.lists(st.one_of(st.binary(max_size=4), st.binary(max_size=60)), min_size=1, max_size=12)
 
 
-def documents(raw):
-    return [Document(f"doc {i}", data) for i, data in enumerate(raw)]
+def packed(raw: list[bytes], length: int, seed: int = 0, **settings) -> PackedText:
+    store = MemoryStore([(Bytes().encode(data), None) for data in raw], Bytes(), sum(map(len, raw)))
+    return PackedText(store, Bytes(), length, seed, **settings)
 
 
 def packed_by_loops(raw: list[bytes], length: int) -> list[dict[str, list[int]]]:
@@ -51,7 +52,7 @@ def assert_rows_equal(arrays, rows):
 @settings(deadline=None)
 @given(texts, st.integers(1, 20))
 def test_rows_in_order_equal_the_loop(raw, length):
-    examples = PackedText(documents(raw), Bytes(), length, shuffle=False)
+    examples = packed(raw, length, shuffle=False)
     expected = packed_by_loops(raw, length)
     assert len(examples) == len(expected)
     for epoch in range(2):
@@ -61,7 +62,7 @@ def test_rows_in_order_equal_the_loop(raw, length):
 @settings(max_examples=40, deadline=None)
 @given(texts, st.integers(1, 20), st.integers(0, 2**31))
 def test_shuffled_rows_equal_the_loop_over_shuffled_documents(raw, length, seed):
-    examples = PackedText(documents(raw), Bytes(), length, seed=seed)
+    examples = packed(raw, length, seed)
     number = len(examples)
     expected = []
     for epoch in range(3):
@@ -75,7 +76,7 @@ def test_shuffled_rows_equal_the_loop_over_shuffled_documents(raw, length, seed)
 @settings(max_examples=40, deadline=None)
 @given(texts, st.integers(1, 20), st.integers(0, 2**31))
 def test_every_pair_occurs_once_in_every_epoch(raw, length, seed):
-    examples = PackedText(documents(raw), Bytes(), length, seed=seed)
+    examples = packed(raw, length, seed)
     expected = Counter()
     for data in raw:
         ids = [byte + 3 for byte in data]
@@ -89,14 +90,14 @@ def test_every_pair_occurs_once_in_every_epoch(raw, length, seed):
 
 def test_epochs_and_seeds_differ_in_order():
     raw = [bytes([65 + i]) * (3 * i) for i in range(20)]
-    first, other = PackedText(documents(raw), Bytes(), 8, seed=0), PackedText(documents(raw), Bytes(), 8, seed=1)
+    first, other = packed(raw, 8, 0), packed(raw, 8, 1)
     epoch = np.arange(len(first))
     assert (first.rows(epoch)["tokens"] != first.rows(epoch + len(first))["tokens"]).any()
     assert (first.rows(epoch)["tokens"] != other.rows(epoch)["tokens"]).any()
 
 
 def test_index_minus_one_is_a_row_of_padding():
-    examples = PackedText(documents([b"abc", b"", b"defgh"]), Bytes(), 5, seed=0)
+    examples = packed([b"abc", b"", b"defgh"], 5)
     rows = examples.rows(np.array([-1, 3, -1, 0]))
     for name, values in rows.items():
         assert not values[[0, 2]].any(), name
@@ -105,19 +106,19 @@ def test_index_minus_one_is_a_row_of_padding():
 
 
 def test_no_index_gives_no_rows():
-    rows = PackedText(documents([b"abc"]), Bytes(), 5).rows(np.zeros(0, np.int64))
+    rows = packed([b"abc"], 5).rows(np.zeros(0, np.int64))
     assert {name: (values.shape, values.dtype.name) for name, values in rows.items()} == dict.fromkeys(
         ("tokens", "targets", "segment_ids", "positions"), ((0, 5), "int32")
     )
 
 
 def test_stats_count_documents_targets_and_raw_bytes():
-    stats = PackedText(documents(["né".encode(), b"", b"ab"]), Bytes(), 4).stats()
+    stats = packed(["né".encode(), b"", b"ab"], 4).stats()
     assert stats == {"documents": 3, "tokens": 3 + 0 + 2 + 3, "bytes": 5, "rows": 2}
 
 
 def test_bytes_are_kept_as_bytes():
-    assert PackedText(documents([bytes(range(256))]), Bytes(), 4)._store.dtype == np.uint8
+    assert MemoryStore([(Bytes().encode(bytes(range(256))), None)], Bytes(), 256)._ids.dtype == np.uint8
 
 
 def test_the_eval_split_has_one_order_whose_start_is_a_sample(tmp_path):
@@ -128,7 +129,7 @@ def test_the_eval_split_has_one_order_whose_start_is_a_sample(tmp_path):
     one, two = data.open("eval", seed=0), data.open("eval", seed=1)
     every = np.arange(len(one))
     np.testing.assert_array_equal(one.rows(every)["tokens"], two.rows(every)["tokens"])
-    raw = [document.data for document in source.documents("eval")]
+    raw = [record["text"] for record in source.open("eval")]
     numbers = [re.search(rb"number (\d+)", Bytes().decode(row).encode()) for row in one.rows(every)["tokens"]]
     numbers = [int(found[1]) for found in numbers if found]
     assert numbers != sorted(numbers)

@@ -93,7 +93,7 @@ def test_a_context_helps_when_it_reaches_back_to_the_cause():
 
 def test_source_code_is_better_predicted_from_more_bytes():
     train, held_out = (
-        [document.data for document in itertools.islice(PythonStdlib().documents(split), count)]
+        [record["text"] for record in itertools.islice(PythonStdlib().open(split), count)]
         for split, count in (("train", 100), ("eval", 10))
     )
     bits = interpolated_bits_per_byte(train, held_out, 3)

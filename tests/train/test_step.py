@@ -39,7 +39,11 @@ def experiment(kind: str) -> Experiment:
     model = llama(vocab_size=264, dim=32, num_layers=2, num_heads=4, hidden=64, tied=True)
     dense = Experiment(
         method=LanguageModel(model=model),
-        data=Text(source=TextFiles(pattern=str(ROOT / "LICENSE"), separator="\n\n", holdout=5), batch_size=8, sequence_length=64),
+        data=Text(
+            source=TextFiles(pattern=str(ROOT / "LICENSE"), separator="\n\n", holdout=5),
+            batch_size=8,
+            sequence_length=64,
+        ),
         optimizer=AdamW(learning_rate=Cosine(peak=1e-2, warmup=2)),
         train=Train(steps=STEPS, dtype="float32", log_every=1),
         checkpoint=Checkpointing(every=4),
