@@ -239,15 +239,16 @@ class FillInTheMiddle:
     The price is that packing may cut a document between its parts, the more often the shorter the rows (Sec. 3.2,
     whose "context-level" cutting is not done here).
 
-    Turns "text" into "tokens"; the documents left as they are keep their "text".
+    Turns the text into "tokens"; documents that are not cut keep it.
 
     Attributes:
-      vocabulary: the one of the text.
+      vocabulary: the one of the text.   field: of the record, its text.
       rate: share of the documents that are cut.   spm_rate: share of those that are given as SPM.
       marks: the ids of PRE, SUF and MID; None: the first three sentinels, the highest ids of the vocabulary.
     """
 
     vocabulary: Vocabulary
+    field: str = "text"
     rate: float = 0.5
     spm_rate: float = 0.5
     marks: tuple[int, int, int] | None = None
@@ -264,11 +265,11 @@ class FillInTheMiddle:
         Raises:
           UserError: if the record has no text, or the vocabulary no sentinels.
         """
-        if "text" not in example:
-            raise UserError(f"the record has no field 'text' to cut; {nearest('text', example)}")
+        if self.field not in example:
+            raise UserError(f"the record has no field {self.field!r} to cut; {nearest(self.field, example)}")
         if rng.random() >= self.rate:
             return example
-        text = example["text"]
+        text = example[self.field]
         text = text.decode() if isinstance(text, bytes) else text
         first, second = np.sort(rng.integers(0, len(text) + 1, 2))
         prefix, middle, suffix = map(self.vocabulary.encode, (text[:first], text[first:second], text[second:]))
@@ -276,5 +277,5 @@ class FillInTheMiddle:
         pre, suf, mid = np.split(ids, 3)
         spm = rng.random() < self.spm_rate
         order = (pre, suf, suffix, mid, prefix, middle) if spm else (pre, prefix, suf, suffix, mid, middle)
-        others = {name: value for name, value in example.items() if name != "text"}
+        others = {name: value for name, value in example.items() if name != self.field}
         return {**others, "tokens": np.concatenate(order)}

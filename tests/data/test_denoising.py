@@ -1,6 +1,7 @@
 """Span corruption, prefixes and fill-in-the-middle: against T5's rules as plain loops, and taken back exactly."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from axrepro.core import UserError
-from axrepro.data import Bytes
+from axrepro.data import Bytes, JsonLines, Text
 from axrepro.data.denoising import FillInTheMiddle, PrefixLM, SpanCorruption, _cut
 
 VOCABULARY = Bytes(extra_ids=100)
@@ -335,3 +336,31 @@ def test_fill_in_the_middle_refuses_what_it_cannot_cut_or_mark():
         FillInTheMiddle(vocabulary=VOCABULARY, rate=2)
     with pytest.raises(UserError, match=r"FillInTheMiddle\.marks="):
         FillInTheMiddle(vocabulary=VOCABULARY, marks=(1, 1, 2))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        SpanCorruption(vocabulary=VOCABULARY),
+        SpanCorruption(vocabulary=VOCABULARY, form="prefix_lm"),
+        SpanCorruption(vocabulary=VOCABULARY, form="causal_lm", documents="together"),
+        PrefixLM(),
+    ],
+    ids=["encoder_decoder", "prefix_lm", "causal_lm", "prefix"],
+)
+def test_batches_of_text_have_the_shapes_that_the_config_promises(transform, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"code": f"def f{i}(x): return x * {i}"}) + "\n" for i in range(50)))
+    fill = FillInTheMiddle(vocabulary=VOCABULARY, field="code")
+    config = dict(sequence_length=200, batch_size=4, vocabulary=VOCABULARY, field="code", row_transforms=(transform,))
+    data = Text(source=JsonLines(str(path), holdout=0), transforms=(fill,), **config)
+    examples = data.open("train", seed=0)
+    rows = examples.rows(np.array([0, 3, 5, -1]))
+    promised = {name: (array.shape, array.dtype) for name, array in data.abstract().items()}
+    assert {name: (array.shape, array.dtype) for name, array in rows.items()} == promised
+    assert rows["segment_ids"][:3].any(1).all()
+    assert not rows["segment_ids"][3].any()
+    assert all((array == rows[name]).all() for name, array in examples.rows(np.array([0, 3, 5, -1])).items())
+    later = examples.rows(np.array([0, 3, 5]) + len(examples))
+    assert any((array != rows[name][:3]).any() for name, array in later.items())
+    assert max(array.max() for name, array in rows.items() if name in ("tokens", "inputs")) < data.vocab_size

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from axrepro.core import UserError
+from axrepro.data import Bytes, JsonLines, Text
 from axrepro.data.formats import _FORMATS, Chat, Template
 
 DATA = os.environ.get("AXREPRO_DATA", Path(__file__).resolve().parents[2].parent / "shared/data")
@@ -213,3 +214,18 @@ def test_real_records_keep_every_character_of_question_and_answer():
         assert (prompt, answer, in_loss) == (f"Question: {record['question']}\nAnswer: ", record["answer"], True)
         talk = [{"role": "user", "content": record["question"]}, {"role": "assistant", "content": record["answer"]}]
         assert learnt(parts(chat, talk)) == [record["answer"] + "\n"]
+
+
+@pytest.mark.parametrize("transform", [Chat(template="llama3"), Template(template="{messages_}: {a}", loss=("a",))])
+def test_only_what_is_learnt_counts_in_rows_of_text(transform, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": [SYSTEM, *TALK], "messages_": "quéstion", "a": "answer"}) + "\n")
+    source = JsonLines(str(path), holdout=0)
+    data = Text(source=source, transforms=(transform,), loss_mask=True, sequence_length=600, batch_size=1)
+    row = {name: array[0] for name, array in data.open("train", seed=0).rows(np.array([0])).items()}
+    (record,) = source.open("train")
+    found = apply(transform, record)["parts"]
+    assert Bytes().decode(row["targets"]) == text(found)
+    counted = row["targets"][row["loss_mask"] > 0]
+    assert Bytes().decode(counted) == "".join(learnt(found))
+    assert counted[-1] == Bytes().eos_id
