@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from axrepro.core import MeshShape, UserError, make_mesh
-from axrepro.data import Batches, Bytes, Document, Examples, IndexedBatches, PackedText, Text, TextFiles, prefetch
+from axrepro.data import Batches, Bytes, Examples, IndexedBatches, MemoryStore, PackedText, Text, TextFiles, prefetch
 
 RAW = [bytes([97 + i]) * (5 * i % 43) for i in range(26)]
 MESHES = [MeshShape(), MeshShape(data=2, fsdp=4), MeshShape(data=2, seq=4), MeshShape(data=1, model=8)]
 
 
 def packed(seed=0) -> PackedText:
-    return PackedText([Document(str(i), data) for i, data in enumerate(RAW)], Bytes(), 8, seed=seed)
+    return PackedText(MemoryStore([(Bytes().encode(data), None) for data in RAW], Bytes(), 0), Bytes(), 8, seed)
 
 
 class Recorded(Examples):
