@@ -283,7 +283,7 @@ def read_index(prefix: str) -> Index | None:
 def whole(path: str) -> Iterator[str]:
     """Another name to write to, which becomes `path` when the block ends without an error, once it is on the disk.
 
-    What an interrupted call left behind is removed.
+    A killed process leaves the other name behind, which ends in `.incomplete`.
 
     Raises:
       UserError: if the folder cannot be written to.
@@ -292,9 +292,6 @@ def whole(path: str) -> Iterator[str]:
     scratch = os.path.join(folder, f"{name}.{secrets.token_hex(4)}.incomplete")
     with _writing(path):
         os.makedirs(folder, exist_ok=True)
-        for left in os.listdir(folder):
-            if left.startswith(f"{name}.") and left.endswith(".incomplete"):
-                os.remove(os.path.join(folder, left))
         Path(scratch).touch()
     try:
         yield scratch

@@ -92,7 +92,6 @@ def convert(
         "shards": shards,
         "transforms": [described(transform) for transform in transforms],
         "vocabulary": vocabulary and [fingerprint(vocabulary), text_field],
-        "max_bad_records": max_bad_records,
     }
     if (index := begin(output, plan)) is not None:
         return index
@@ -172,6 +171,11 @@ def begin(output: str, plan: dict) -> Index | None:
         Path(path).unlink(missing_ok=True)  # killed just before it was removed
         return index
     require_absent(f"{output}.json")
+    folder, name = os.path.split(os.path.abspath(output))
+    if os.path.isdir(folder):
+        for left in os.listdir(folder):
+            if left.startswith((f"{name}-", f"{name}.")) and left.endswith(".incomplete"):  # of a call that was killed
+                os.remove(os.path.join(folder, left))
     if not os.path.exists(path):
         shards = plan["shards"]
         for number in range(shards):
