@@ -52,7 +52,6 @@ def _run(argv: list[str]) -> int:
     if args.show < 0:
         raise UserError(f"--show={args.show} must be at least 0")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ["JAX_PLATFORMS"] = "cpu"  # batches are only looked at
     from axrepro.core.config import override
     from axrepro.core.sharding import MeshShape, make_mesh
     from axrepro.data.show import show, throughput

@@ -64,7 +64,9 @@ def describe_row(row: Mapping[str, np.ndarray], vocabulary: Vocabulary | None) -
     for segment in sorted(set(segments[segments > 0].tolist())):
         here = np.flatnonzero(segments == segment)
         yield f"  segment {segment}: places {here[0]} to {here[-1]}"
-        yield from _wrapped(_masked(row["targets"][here], None if weights is None else weights[here], vocabulary), "    ")
+        yield from _wrapped(
+            _masked(row["targets"][here], None if weights is None else weights[here], vocabulary), "    "
+        )
     for name, value in row.items():
         if name not in ("tokens", "targets", "segment_ids", "positions", "loss_mask"):
             yield f"  {name:<16} {_summary(value)}"

@@ -427,9 +427,12 @@ class FromFunction(Source):
 
     function: Callable[[Split], Sequence[Example]]
 
+    def __repr__(self) -> str:
+        return f"{self.function.__module__}.{self.function.__qualname__}"
+
     def open(self, split: Split) -> Records:
         records = self.function(split)
-        what = f"{self.function.__module__}.{self.function.__qualname__}({split!r})"
+        what = f"{self!r}({split!r})"
         if not len(records):
             raise UserError(f"{what} has no records")
         return _FromPython(records, what)
