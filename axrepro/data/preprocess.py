@@ -18,14 +18,15 @@ before it.
 import importlib
 import json
 import os
+import secrets
 import shutil
 import sys
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -105,7 +106,7 @@ def preprocess(
 ) -> Index:
     """Writes what is worth training on of records to OUTPUT-00000-of-... and their index OUTPUT.json.
 
-    The work in progress lies in OUTPUT.work/ until the end: per record 40 bytes, 4 per permutation and 12 per band.
+    The work in progress lies in OUTPUT.work/ until the end: per record 28 bytes, 4 per permutation and 12 per band.
 
     Args:
       source: its train split is read; or the pattern of files, all of which are.
@@ -160,8 +161,8 @@ def preprocess(
         max_bad_records=max_bad_records,
     )
     every = range(shards)
-    _run(job, options, _read, {_read_path(job, n): n for n in every})
-    if (bad := sum(_loaded(job, n, "counts")[0] for n in every)) > max_bad_records:
+    _run(job, options, _read, {job.path(f"read-{n:05d}"): n for n in every})
+    if (bad := sum(int(_made(job, n, "counts")[0]) for n in every)) > max_bad_records:
         raise UserError(f"{bad} bad records of {len(records)}, and max_bad_records={max_bad_records}")
     _run(job, options, _match, {_match_path(job, *unit): unit for unit in job.matches()})
     _run(job, options, _write, {job.path(f"write-{n:05d}.json"): n for n in every})
@@ -233,21 +234,9 @@ def _open(source: Source, identity: str) -> Records:
     return source.open("train")
 
 
-def _read_path(job: _Job, number: int) -> str:
-    return job.path(f"read-{number:05d}.npz")
-
-
-def _loaded(job: _Job, number: int, name: str) -> np.ndarray:
-    """One of the arrays that a unit of `read` wrote."""
-    try:
-        with np.load(_read_path(job, number), allow_pickle=False) as arrays:
-            return arrays[name]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{_read_path(job, number)} is corrupt ({error}); remove its folder, and go on") from None
-
-
-def _signatures(job: _Job, number: int) -> np.ndarray:
-    return _mapped(job.path(f"read-{number:05d}.signatures.npy"))
+def _made(job: _Job, number: int, name: str) -> np.ndarray:
+    """One of the arrays that a unit of `read` wrote, mapped."""
+    return _mapped(job.path(f"read-{number:05d}/{name}.npy"))
 
 
 def _mapped(path: str) -> np.ndarray:
@@ -300,25 +289,30 @@ def _read(job: _Job, number: int) -> None:
             hashes.append(blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest())
         if job.near is not None:
             signatures.append(job.near.signature(text))
+    keys = np.zeros((0, len(ids)), np.uint64)
     arrays = {"counts": np.array([len(faults.seen), filtered]), "ids": np.array(ids, np.int64)}
+    if job.near is not None:
+        arrays["signatures"] = np.array(signatures, np.uint32).reshape(-1, job.near.permutations)
+        keys = job.near.band_keys(arrays["signatures"])
     if job.exact:
         halves = np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2)
-        for bucket, rows in enumerate(_by_bucket(halves[:, 0], job.buckets)):
-            arrays[f"hash_{bucket}"], arrays[f"ids_{bucket}"] = halves[rows], arrays["ids"][rows]
-    if job.near is not None:
-        stacked = np.array(signatures, np.uint32).reshape(-1, job.near.permutations)
-        with whole(job.path(f"read-{number:05d}.signatures.npy")) as path, open(path, "wb") as file:
-            np.save(file, stacked, allow_pickle=False)
-        for band, keys in enumerate(job.near.band_keys(stacked)):
-            for bucket, rows in enumerate(_by_bucket(keys, job.buckets)):
-                arrays[f"keys_{band}_{bucket}"], arrays[f"rows_{band}_{bucket}"] = keys[rows], rows.astype(np.uint32)
-    with whole(_read_path(job, number)) as path, open(path, "wb") as file:
-        np.savez(file, **arrays)
-
-
-def _by_bucket(keys: np.ndarray, buckets: int) -> list[np.ndarray]:
-    """The positions of the keys of each bucket."""
-    return [np.flatnonzero(keys % np.uint64(buckets) == bucket) for bucket in range(buckets)]
+        keys, arrays["halves"] = np.concatenate([keys, halves[None, :, 0]]), halves[:, 1]
+    # each band, and the exact hashes as a last one, sorted by bucket, so that what a unit of `match` reads is one piece
+    buckets = keys % np.uint64(job.buckets)
+    arrays["rows"] = np.argsort(buckets, axis=1, kind="stable").astype(np.uint32)
+    arrays["keys"] = np.take_along_axis(keys, arrays["rows"], axis=1)
+    arrays["starts"] = np.stack([(buckets < bucket).sum(axis=1) for bucket in range(job.buckets + 1)], axis=1)
+    folder = job.path(f"read-{number:05d}")
+    scratch = f"{folder}.{secrets.token_hex(4)}"
+    os.makedirs(scratch)
+    for name, array in arrays.items():
+        np.save(os.path.join(scratch, f"{name}.npy"), array, allow_pickle=False)
+    try:
+        os.replace(scratch, folder)
+    except OSError:
+        if not os.path.exists(folder):  # otherwise another attempt at it was faster
+            raise
+        shutil.rmtree(scratch)
 
 
 def _match_path(job: _Job, band: int, bucket: int) -> str:
@@ -332,37 +326,51 @@ def _match(job: _Job, unit: tuple[int, int]) -> None:
         np.save(file, dropped, allow_pickle=False)
 
 
+class _Bucket(NamedTuple):
+    """One bucket of a band, of all shards: uint64[N] keys, and the shard, row there and id of each."""
+
+    keys: np.ndarray
+    shard: np.ndarray
+    row: np.ndarray
+    ids: np.ndarray
+
+
+def _bucket(job: _Job, band: int, bucket: int) -> _Bucket:
+    parts = []
+    for number in range(job.shards):
+        start, stop = _made(job, number, "starts")[band, bucket : bucket + 2].tolist()
+        rows = _made(job, number, "rows")[band, start:stop]
+        ids = _made(job, number, "ids")[rows]
+        parts.append((_made(job, number, "keys")[band, start:stop], np.full(len(rows), number, np.uint32), rows, ids))
+    return _Bucket(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
 def _exact(job: _Job, bucket: int) -> np.ndarray:
     """The ids of records that another one with a smaller id has the text of."""
-    hashes = np.concatenate([_loaded(job, number, f"hash_{bucket}") for number in range(job.shards)])
-    ids = np.concatenate([_loaded(job, number, f"ids_{bucket}") for number in range(job.shards)])
-    order = np.lexsort((ids, hashes[:, 1], hashes[:, 0]))
-    same = (hashes[order][1:] == hashes[order][:-1]).all(axis=1)
-    return ids[order[1:][same]]
+    found = _bucket(job, -1, bucket)
+    halves = np.concatenate([_made(job, n, "halves")[found.row[found.shard == n]] for n in range(job.shards)])
+    order = np.lexsort((found.ids, halves, found.keys))
+    keys, halves = found.keys[order], halves[order]
+    same = (keys[1:] == keys[:-1]) & (halves[1:] == halves[:-1])
+    return found.ids[order[1:][same]]
 
 
 def _similar(job: _Job, band: int, bucket: int) -> np.ndarray:
     """The ids of records that are similar to one with a smaller id, and share this band with it."""
     assert job.near is not None
-    keys, ids, shard, row = [], [], [], []
-    for number in range(job.shards):
-        rows = _loaded(job, number, f"rows_{band}_{bucket}")
-        keys.append(_loaded(job, number, f"keys_{band}_{bucket}"))
-        ids.append(_loaded(job, number, "ids")[rows])
-        shard.append(np.full(len(rows), number, np.uint32))
-        row.append(rows)
-    keys, ids, shard, row = (np.concatenate(parts) for parts in (keys, ids, shard, row))
-    mapped = [_signatures(job, number) for number in range(job.shards)]
+    found = _bucket(job, band, bucket)
+    mapped = [_made(job, number, "signatures") for number in range(job.shards)]
     dropped = [np.zeros(0, np.int64)]
-    for group in groups(keys, ids):
-        signatures = np.stack([mapped[s][r] for s, r in zip(shard[group], row[group], strict=True)])
-        dropped.append(ids[group[job.near.similar_to_earlier(signatures)]])
-    return np.concatenate(dropped)
+    for group in groups(found.keys, found.ids):
+        places = zip(found.shard[group].tolist(), found.row[group].tolist(), strict=True)
+        signatures = np.stack([mapped[shard][row] for shard, row in places])
+        dropped.append(found.ids[group[job.near.similar_to_earlier(signatures)]])
+    return np.unique(np.concatenate(dropped))
 
 
 def _write(job: _Job, number: int) -> None:
     start, stop = job.bounds(number)
-    ids, (bad, filtered) = _loaded(job, number, "ids"), _loaded(job, number, "counts").tolist()
+    ids, (bad, filtered) = _made(job, number, "ids"), _made(job, number, "counts").tolist()
     gone = {True: np.zeros(0, np.int64), False: np.zeros(0, np.int64)}  # by whether they are exact duplicates
     for band, bucket in job.matches():
         dropped = _mapped(_match_path(job, band, bucket))

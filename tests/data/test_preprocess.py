@@ -183,7 +183,7 @@ def test_a_restart_does_what_is_missing_and_ends_as_one_run_would_have(
     index = preprocess(source, f"{whole}/a", **fields)
     steps = next(renames)
     assert steps > 10
-    for limit in range(0, steps - 1, 2):
+    for limit in range(0, steps - 1, 3):
         folder = tmp_path / str(limit)
         renames = itertools.count()
         with pytest.raises(Planted):
@@ -261,7 +261,7 @@ def test_a_corrupt_intermediate_file_is_named_and_made_again(made, source, tmp_p
     with pytest.raises(Planted):
         preprocess(source, f"{tmp_path}/a", **arguments())
     monkeypatch.setattr(module, "_match", match)
-    for name in ("read-00002.npz", "read-00002.signatures.npy"):
+    for name in ("read-00002/keys.npy", "read-00002/signatures.npy"):
         path = tmp_path / "a.work" / name
         whole = path.read_bytes()
         path.write_bytes(whole[:50])
