@@ -6,7 +6,7 @@ layout of hosts sees the same batches. A source that can only stream overrides `
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -63,6 +63,30 @@ def batch_shardings(
     sizes = dict(mesh.shape)
     return {
         name: NamedSharding(mesh, rules.spec(logical_axes(array), array.shape, sizes)) for name, array in arrays.items()
+    }
+
+
+def make_batch(
+    arrays: Mapping[str, jax.ShapeDtypeStruct],
+    shardings: Mapping[str, NamedSharding],
+    rows: Callable[[int, int], Mapping[str, np.ndarray]],
+) -> dict[str, jax.Array]:
+    """A global batch, of which this process makes the rows that its devices hold.
+
+    Args:
+      rows: gives all arrays of the global rows `start` to `stop`. It is called once for each range.
+    """
+    made: dict[tuple[int, int], Mapping[str, np.ndarray]] = {}
+
+    def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(arrays[name].shape[0])
+        if (start, stop) not in made:  # all arrays, and all devices that differ only along other axes, share it
+            made[start, stop] = rows(start, stop)
+        return made[start, stop][name][(slice(None), *index[1:])]
+
+    return {
+        name: jax.make_array_from_callback(array.shape, shardings[name], partial(part, name), array.dtype)
+        for name, array in arrays.items()
     }
 
 
@@ -130,18 +154,7 @@ class IndexedBatches(Batches):
             raise StopIteration
         indices = np.arange(self._next, self._next + self._size, dtype=np.int64)
         indices[indices >= self._end] = -1
-        made: dict[tuple[int, int], dict[str, np.ndarray]] = {}
-
-        def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(self._size)
-            if (start, stop) not in made:  # all arrays, and all devices that differ only along other axes, share it
-                made[start, stop] = self.examples.rows(indices[start:stop])
-            return made[start, stop][name][(slice(None), *index[1:])]
-
-        batch: dict[str, jax.Array] = {
-            name: jax.make_array_from_callback(array.shape, self._shardings[name], partial(part, name), array.dtype)
-            for name, array in self._arrays.items()
-        }
+        batch = make_batch(self._arrays, self._shardings, lambda start, stop: self.examples.rows(indices[start:stop]))
         self._next = min(self._next + self._size, self._end)
         return batch
 
