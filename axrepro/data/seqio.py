@@ -47,7 +47,7 @@ def _libraries():
         if type(error).__name__ != "VersionError":
             raise
         raise UserError(
-            f"SeqIO cannot be imported, since a package was made for a newer protobuf ({' '.join(str(error).split())}); "
+            f"SeqIO cannot be imported, since a package needs a newer protobuf ({' '.join(str(error).split())}); "
             "pip install 'sentencepiece<0.2.2'"
         ) from None
     for kind in ("GPU", "TPU"):
@@ -326,8 +326,8 @@ def seqio_metrics(
 
     Args:
       task, modules, cache_dir: as in `SeqIO`; of a mixture, every task that has metrics and the split is evaluated.
-      predict: from the "inputs" of all examples (no ids where a task has none) to an answer for each, as text or as ids,
-        which end at the first end id.
+      predict: from the "inputs" of all examples (no ids where a task has none) to an answer for each: text, or ids, of
+        which those up to the first end id count.
       score: from all "inputs" and "targets" to the log-likelihood of each example's targets.
       num_examples: the first so many of each task; None: all.
       task_feature_lengths: cuts the features of the task; None: nothing is cut.

@@ -5,7 +5,7 @@ import struct
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -102,22 +102,18 @@ class Tfds(Source):
             pass
         except Exception as error:
             raise UserError(f"cannot read the dataset {self.name!r} in {where}: {_line(error)}") from None
-        known = tfds.list_builders(with_community_datasets=False)
         base = self.name.partition(":")[0].partition("/")[0]
+        infos = [info for depth in ("*", "*/*") for info in epath.Path(where, base).glob(f"{depth}/dataset_info.json")]
+        if infos:
+            versions = sorted(str(info.parent.relative_to(where)) for info in infos)
+            raise UserError(f"there is no dataset {self.name!r} in {where}; it has {', '.join(versions)}")
+        known = tfds.list_builders(with_community_datasets=False)
         if base in known:
             raise UserError(
                 f"the dataset {self.name!r} is not prepared in {where}; prepare it with: tfds build {self.name} "
                 f"--data_dir={where} (--file_format=array_record opens faster), or set data_dir"
             )
-        there = sorted(path.name for path in epath.Path(where).iterdir()) if epath.Path(where).is_dir() else []
-        if base in there:
-            infos = [
-                info for depth in ("*", "*/*") for info in epath.Path(where, base).glob(f"{depth}/dataset_info.json")
-            ]
-            versions = sorted(str(info.parent.relative_to(where)) for info in infos)
-            raise UserError(
-                f"there is no dataset {self.name!r} in {where}; it has {', '.join(versions) or 'none whole'}"
-            )
+        there = [path.name for path in epath.Path(where).iterdir()] if epath.Path(where).is_dir() else []
         hint = nearest(base, [*known, *there])
         if not hint.startswith("did"):  # the names are hundreds
             hint = "see tfds.list_builders(), and set data_dir to where yours are"
@@ -129,20 +125,33 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
+@cache
+def _stored():
+    """A decoder that does not decode, neither one value nor a sequence of them."""
+
+    class Stored(_library().decode.SkipDecoding):
+        def decode_batch_example_np(self, values):
+            return values
+
+        decode_ragged_example_np = decode_batch_example_np
+
+    return Stored
+
+
 def _encoded(features, decoded: tuple[str, ...]) -> dict:
     """Decoders that leave pictures, sound and video as they are stored, except in `decoded`."""
     tfds = _library()
     kinds = (tfds.features.Image, tfds.features.Audio, tfds.features.Video)
     decoders = {}
     for name, feature in features.items():
-        inner = feature
-        while isinstance(inner, tfds.features.Sequence) and not isinstance(inner, kinds):
-            inner = inner.feature
-        if isinstance(feature, tfds.features.FeaturesDict):
-            if name not in decoded and (nested := _encoded(feature, ())):
-                decoders[name] = nested
-        elif isinstance(inner, kinds) and name not in decoded:
-            decoders[name] = tfds.decode.SkipDecoding()
+        while isinstance(feature, tfds.features.Sequence) and not isinstance(feature, kinds):
+            feature = feature.feature
+        if name in decoded:
+            continue
+        if isinstance(feature, kinds):
+            decoders[name] = _stored()()
+        elif isinstance(feature, tfds.features.FeaturesDict) and (nested := _encoded(feature, ())):
+            decoders[name] = nested
     return decoders
 
 
