@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +63,9 @@ def write(folder: Path, texts: list[bytes]) -> None:
     (folder / "text.txt").write_bytes(b"\0".join(texts))
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text.decode()}) + "\n" for text in texts))
     pyarrow.parquet.write_table(pyarrow.table({"text": [text.decode() for text in texts]}), folder / "text.parquet")
-    write_array_records(({"text": text} for text in texts), str(folder / "text"), 1)
-    encode = Bytes().encode
-    write_array_records(({"tokens": encode(text)} for text in texts), str(folder / "tokens"), 1, vocabulary=Bytes())
+    write_array_records([{"text": text} for text in texts], str(folder / "text"))
+    tokens = [{"tokens": Bytes().encode(text)} for text in texts]
+    write_array_records(tokens, str(folder / "tokens"), vocabulary=Bytes())
     writer = ArrayRecordWriter(str(folder / "raw.array_record"), "group_size:1")
     for text in texts:
         writer.write(text)
@@ -216,6 +216,19 @@ def stall(steps: int = 60) -> str:
     return f"moe_tiny waited for data in {np.median(shares):.3%} of its step time (median of {len(shares)} lines)"
 
 
+class _Small(Sequence):
+    """Records of a few tokens, made when they are looked up."""
+
+    def __init__(self, number: int):
+        self._number = number
+
+    def __len__(self):
+        return self._number
+
+    def __getitem__(self, index):
+        return {"tokens": np.arange(3, 3 + index % 30, dtype=np.int32)}
+
+
 def memory(examples: int = 1_000_000) -> list[str]:
     """What a process holds while it goes through so many examples of each kind."""
     from axrepro.data import FirstFit, JsonLines, Text
@@ -227,9 +240,7 @@ def memory(examples: int = 1_000_000) -> list[str]:
         with path.open("w") as file:
             for i in range(examples):
                 file.write(f'{{"text": "example number {i}"}}\n')
-        write_array_records(
-            ({"tokens": np.arange(3, 3 + i % 30, dtype=np.int32)} for i in range(examples)), f"{folder}/small", 1
-        )
+        write_array_records(_Small(examples), f"{folder}/small")
         for name, source in (
             ("JSON lines", JsonLines(str(path), holdout=0)),
             ("ArrayRecord of tokens", ArrayRecords(f"{folder}/small-*.array_record", holdout=0)),
