@@ -101,8 +101,8 @@ def seqio_itself() -> Iterator[int]:
 
     rows = seqio.get_dataset(
         "benchmark_text",
-        {"targets": LENGTH},
-        "train",
+        task_feature_lengths={"targets": LENGTH},
+        dataset_split="train",
         shuffle=True,
         num_epochs=1,
         seed=0,
@@ -163,7 +163,7 @@ def stream() -> Iterator[int]:
     """The task through axrepro's adapter."""
     from axrepro.data.seqio import SeqIO
 
-    data = SeqIO(task="benchmark_text", batch_size=BATCH, sequence_length=LENGTH)
+    data = SeqIO(task="benchmark_text", batch_size=BATCH, task_feature_lengths=(("targets", LENGTH),))
     for row in data.examples("train", 0, 0, 0):
         yield int((row["segment_ids"] > 0).sum())
 

@@ -40,7 +40,7 @@ def _datasketch():
     try:
         import datasketch
     except ImportError:
-        raise UserError("near-duplicates need the package datasketch: pip install axrepro[data]") from None
+        raise UserError("near-duplicates need the package datasketch: pip install axrepro[beam]") from None
     return datasketch
 
 

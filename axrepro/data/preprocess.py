@@ -185,7 +185,7 @@ def _beam_options(flags: Sequence[str]):
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError:
-        raise UserError("preprocessing needs the package apache-beam: pip install axrepro[data]") from None
+        raise UserError("preprocessing needs the package apache-beam: pip install axrepro[beam]") from None
     try:
         return PipelineOptions(list(flags))
     except SystemExit:  # of its argument parser, which has said why

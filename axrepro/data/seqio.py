@@ -41,7 +41,7 @@ def _libraries():
         import tensorflow as tf
     except ImportError as error:
         raise UserError(
-            f"a SeqIO stream needs the package {error.name}, which is missing: pip install axrepro[data]"
+            f"a SeqIO stream needs the package {error.name}, which is missing: pip install axrepro[tf]"
         ) from None
     except Exception as error:  # protobuf's own class
         if type(error).__name__ != "VersionError":

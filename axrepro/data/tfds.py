@@ -25,7 +25,7 @@ def _library():
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise UserError(
-            f"a Tfds source needs the package {error.name}, which is missing: pip install axrepro[data]"
+            f"a Tfds source needs the package {error.name}, which is missing: pip install axrepro[tf]"
         ) from None
     return tfds
 
