@@ -52,13 +52,15 @@ def _run(argv: list[str]) -> int:
     if args.show < 0:
         raise UserError(f"--show={args.show} must be at least 0")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import jax
+
     from axrepro.core.config import override
     from axrepro.core.sharding import MeshShape, make_mesh
     from axrepro.data.show import show, throughput
 
     seed, data = _experiment(args.experiment) if args.data is None else (0, _function(args.data))
     data = override(data, overrides)
-    batches = data.batches(args.split, seed, make_mesh(MeshShape()))
+    batches = data.batches(args.split, seed, make_mesh(MeshShape(), jax.devices()[:1]))
     try:
         start = batches.position()
         for line in show(data, batches, args.show, Path(args.pictures)):

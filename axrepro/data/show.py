@@ -30,7 +30,8 @@ def show(data: Data, batches: Batches, number: int, folder: Path) -> Iterator[st
     rows: list[dict[str, np.ndarray]] = []
     for batch in batches:
         arrays = {name: np.asarray(array) for name, array in batch.items()}
-        rows += [{name: array[i] for name, array in arrays.items()} for i in range(len(next(iter(arrays.values()))))]
+        number_of_rows = len(next(iter(arrays.values())))
+        rows += [{name: np.asarray(array[i]) for name, array in arrays.items()} for i in range(number_of_rows)]
         if len(rows) >= number:
             break
     vocabulary = vocabulary_of(data)
@@ -51,10 +52,7 @@ def vocabulary_of(data: Data) -> Vocabulary | None:
 def describe_row(row: Mapping[str, np.ndarray], vocabulary: Vocabulary | None) -> Iterator[str]:
     """Lines about one row of a batch: its text segment by segment, or shape and range of each array."""
     if vocabulary is None or "tokens" not in row or "targets" not in row:
-        for name, value in row.items():
-            yield f"  {name:<16} {_summary(value)}"
-            if vocabulary is not None and value.dtype == np.int32 and value.ndim == 1:
-                yield from _wrapped(vocabulary.decode(value), "    ")
+        yield from _others(row, vocabulary)
         return
     segments = np.asarray(row.get("segment_ids", np.ones(len(row["tokens"]), np.int32)))
     weights = row.get("loss_mask")
@@ -67,9 +65,15 @@ def describe_row(row: Mapping[str, np.ndarray], vocabulary: Vocabulary | None) -
         yield from _wrapped(
             _masked(row["targets"][here], None if weights is None else weights[here], vocabulary), "    "
         )
+    told_already = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
+    yield from _others({name: value for name, value in row.items() if name not in told_already}, vocabulary)
+
+
+def _others(row: Mapping[str, np.ndarray], vocabulary: Vocabulary | None) -> Iterator[str]:
     for name, value in row.items():
-        if name not in ("tokens", "targets", "segment_ids", "positions", "loss_mask"):
-            yield f"  {name:<16} {_summary(value)}"
+        yield f"  {name:<16} {_summary(value)}"
+        if vocabulary is not None and name.endswith(("inputs", "tokens")):
+            yield from _wrapped(vocabulary.decode(value), "    ")
 
 
 def _masked(targets: np.ndarray, weights: np.ndarray | None, vocabulary: Vocabulary) -> str:
