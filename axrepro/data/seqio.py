@@ -47,9 +47,9 @@ def _libraries():
         if type(error).__name__ != "VersionError":
             raise
         raise UserError(
-            f"SeqIO cannot be imported, since a package needs a newer protobuf ({' '.join(str(error).split())}); "
-            "pip install 'sentencepiece<0.2.2'"
-        ) from None
+            "SeqIO cannot be imported, since sentencepiece 0.2.2 and later need a newer protobuf than the one that is "
+            "installed: pip install 'sentencepiece<0.2.2'"
+        ) from error
     for kind in ("GPU", "TPU"):
         tf.config.set_visible_devices([], kind)
     tf.config.experimental.enable_op_determinism()
@@ -191,7 +191,7 @@ class SeqIO(Stream):
                 use_cached=self.cache_dir is not None,
                 shuffle=self.shuffle and split == "train",
                 num_epochs=None if endless else 1,
-                shard_info=seqio.ShardInfo(index=shard, num_shards=self.shards),
+                shard_info=seqio.ShardInfo(index=shard, num_shards=self.shards) if self.shards > 1 else None,
                 verbose=False,
                 seed=seed,
             )
@@ -319,7 +319,7 @@ def seqio_metrics(
     A language model trained on the task with `PrefixLMFeatureConverter` answers like this (id 0 comes first there):
 
         def predict(inputs):
-            prompts = [[0, *ids] for ids in inputs]
+            prompts = [np.append(0, ids) for ids in inputs]
             return [sample(model, params, p, len(p) + 64, eos_id=1, seed=i)[len(p) :] for i, p in enumerate(prompts)]
 
         seqio_metrics("gsm8k", predict, modules=("my_tasks",))
