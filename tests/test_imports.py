@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "core": set(),
     "kernels": set(),
     "losses": set(),
-    "data": {"core"},
+    "data": {"core", "registry"},  # the command line names experiments
     "optim": {"core"},
     "nn": {"core", "kernels"},
     "models": {"core", "kernels", "nn"},

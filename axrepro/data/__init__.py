@@ -10,13 +10,32 @@ So a new kind of file is a `Source`, a new way to prepare it is a transform, a n
 imported inside the functions that need them.
 """
 
-from axrepro.data.base import Batches, Data, Examples, IndexedBatches, Split, batch_shardings, logical_axes
+import os
+import sys
+
+if sys.orig_argv[1:3] == ["-m", __name__]:  # that command looks for no accelerator, which would make noise
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+from axrepro.data.base import (
+    Batches,
+    Cursor,
+    CursorBatches,
+    Data,
+    Examples,
+    IndexedBatches,
+    Split,
+    batch_shardings,
+    logical_axes,
+)
 from axrepro.data.markov import ChainSamples, MarkovChains
+from axrepro.data.mixture import Curriculum, Fixed, Mixture, Part, Rates, Stage, Temperature
 from axrepro.data.packing import BestFit, Concatenate, FirstFit, Packing, Plan, Segments
+from axrepro.data.pairs import Mixup, PairTransform
+from axrepro.data.pipeline import Feature, Pipeline
 from axrepro.data.prefetch import prefetch
 from axrepro.data.records import BadRecord, Example, Faults, Records, Source, Transform
 from axrepro.data.shuffle import permutation
-from axrepro.data.sources import JsonLines, PythonStdlib, TextFiles
+from axrepro.data.sources import FromFunction, JsonLines, PythonStdlib, TextFiles
 from axrepro.data.text import MemoryStore, PackedText, Text
 from axrepro.data.vocabulary import Bytes, SentencePiece, Vocabulary
 
@@ -27,24 +46,38 @@ __all__ = [
     "Bytes",
     "ChainSamples",
     "Concatenate",
+    "Curriculum",
+    "Cursor",
+    "CursorBatches",
     "Data",
     "Example",
     "Examples",
     "Faults",
+    "Feature",
     "FirstFit",
+    "Fixed",
+    "FromFunction",
     "IndexedBatches",
     "JsonLines",
     "MarkovChains",
     "MemoryStore",
+    "Mixture",
+    "Mixup",
     "PackedText",
     "Packing",
+    "PairTransform",
+    "Part",
+    "Pipeline",
     "Plan",
     "PythonStdlib",
+    "Rates",
     "Records",
     "Segments",
     "SentencePiece",
     "Source",
     "Split",
+    "Stage",
+    "Temperature",
     "Text",
     "TextFiles",
     "Transform",

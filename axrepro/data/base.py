@@ -9,14 +9,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from axrepro.core.sharding import Rules
-from axrepro.errors import UserError, require_sizes
+from axrepro.errors import UserError, require, require_sizes
+
+if TYPE_CHECKING:
+    from axrepro.data.workers import Workers
 
 Split = Literal["train", "eval"]
 _FOREVER = 2**62  # an index that no run reaches, and to which a batch can be added in int64
@@ -121,50 +124,157 @@ class Batches(ABC):
         """The `stats` of the examples in it, where it has any."""
         return {}
 
+    def counts(self) -> dict[str, int]:
+        """What was handed out so far, for reports: examples by source, and records that this process left out."""
+        return {}
+
+    def reading(self) -> str:
+        """The source that is being read, for a report on one that is slow; another thread may ask."""
+        return type(self).__name__
+
     def close(self) -> None:
-        """Releases threads and files. There are no batches afterwards."""
+        """Releases threads, processes and files. There are no batches afterwards."""
 
 
-class IndexedBatches(Batches):
-    """Batches of `Examples`: a batch takes the next `batch_size` indices.
+class Cursor(ABC):
+    """Goes from batch to batch and knows the rows of each, without a mesh: worker processes have copies of it.
 
-    Each process makes only the rows that its devices hold. The position is the next index, so a run may go on with
-    another batch size, number of hosts or mesh.
+    Attributes:
+      arrays: shape and type of each array of a global batch.
     """
 
-    def __init__(
-        self, examples: Examples, batch_size: int, mesh: Mesh, rules: Rules = Rules(), epochs: int | None = None
-    ):
+    arrays: Mapping[str, jax.ShapeDtypeStruct]
+
+    @property
+    @abstractmethod
+    def ended(self) -> bool:
+        """Whether there is no batch any more."""
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Mapping[str, np.ndarray]:
+        """The rows from `start` up to `stop` of the current batch."""
+
+    @abstractmethod
+    def advance(self) -> None:
+        """Goes to the next batch."""
+
+    @abstractmethod
+    def position(self) -> dict:
+        """As `Batches.position`."""
+
+    @abstractmethod
+    def seek(self, position: Mapping) -> None:
+        """As `Batches.seek`."""
+
+    @property
+    def bad_records(self) -> Mapping[str, str]:
+        """What was wrong with each record that was left out so far; the keys tell them apart."""
+        return {}
+
+    def stats(self) -> dict[str, int]:
+        """As `Batches.stats`."""
+        return {}
+
+    def counts(self) -> dict[str, int]:
+        """As `Batches.counts`, without the records left out."""
+        return {}
+
+    def reading(self) -> str:
+        """As `Batches.reading`."""
+        return type(self).__name__
+
+
+class CursorBatches(Batches):
+    """The batches of a cursor. Each process makes only the rows that its devices hold."""
+
+    def __init__(self, cursor: Cursor, mesh: Mesh, rules: Rules = Rules(), workers: int = 0):
+        """
+        Args:
+          workers: processes that make rows ahead of time; 0: this one makes them when they are asked for.
+        Raises:
+          UserError: if the batch does not divide over the mesh.
+        """
+        self.cursor = cursor
+        self._shardings = batch_shardings(cursor.arrays, mesh, rules)
+        self._workers = _start_workers(cursor, self._shardings, workers) if workers else None
+
+    def __next__(self) -> dict[str, jax.Array]:
+        if self.cursor.ended:
+            raise StopIteration
+        load = self.cursor.rows if self._workers is None else self._workers.load()
+        batch = place(load, self.cursor.arrays, self._shardings)
+        self.cursor.advance()
+        return batch
+
+    def position(self) -> dict:
+        return self.cursor.position()
+
+    def seek(self, position: Mapping) -> None:
+        self.cursor.seek(position)
+        if self._workers is not None:
+            self._workers.restart(self.cursor)
+
+    def stats(self) -> dict[str, int]:
+        return self.cursor.stats()
+
+    def counts(self) -> dict[str, int]:
+        bad = self.cursor.bad_records if self._workers is None else self._workers.bad_records
+        return self.cursor.counts() | ({"bad_records": len(bad)} if bad else {})
+
+    def reading(self) -> str:
+        return self.cursor.reading()
+
+    def close(self) -> None:
+        if self._workers is not None:
+            self._workers.close()
+
+
+class ExamplesCursor(Cursor):
+    """Batches of `Examples`: each takes the next `batch_size` indices.
+
+    The position is the next index, so a run may go on with another batch size, number of hosts or mesh.
+    """
+
+    def __init__(self, examples: Examples, batch_size: int, epochs: int | None = None, source: str = ""):
         """
         Args:
           batch_size: examples in a global batch.
           epochs: stop after so many; padding examples fill the last batch. None: go on for ever.
+          source: what reports call the examples.
         Raises:
-          UserError: if there are no examples, or the batch does not divide over the mesh.
+          UserError: if there are no examples.
         """
         if not len(examples):
             raise UserError("the data has no examples, so there are no batches")
-        self.examples = examples
-        self._size = batch_size
+        self.examples, self._size, self._source = examples, batch_size, source
         self._end = _FOREVER if epochs is None else epochs * len(examples)
         self._next = 0
-        self._arrays = {
+        self.arrays = {
             name: jax.ShapeDtypeStruct((batch_size, *empty.shape[1:]), empty.dtype)
             for name, empty in examples.rows(np.zeros(0, np.int64)).items()
         }
-        self._shardings = batch_shardings(self._arrays, mesh, rules)
 
-    def __next__(self) -> dict[str, jax.Array]:
-        if self._next >= self._end:
-            raise StopIteration
-        indices = np.arange(self._next, self._next + self._size, dtype=np.int64)
+    @property
+    def ended(self) -> bool:
+        return self._next >= self._end
+
+    def rows(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        indices = np.arange(self._next + start, self._next + stop, dtype=np.int64)
         indices[indices >= self._end] = -1
-        batch = place(lambda start, stop: self.examples.rows(indices[start:stop]), self._arrays, self._shardings)
+        return self.examples.rows(indices)
+
+    def advance(self) -> None:
         self._next = min(self._next + self._size, self._end)
-        return batch
+
+    @property
+    def bad_records(self) -> Mapping[str, str]:
+        return {str(index): reason for index, reason in self.examples.bad_records.items()}
 
     def stats(self) -> dict[str, int]:
         return self.examples.stats()
+
+    def reading(self) -> str:
+        return self._source or type(self.examples).__name__
 
     def position(self) -> dict:
         return {"next_example": self._next}
@@ -180,18 +290,50 @@ class IndexedBatches(Batches):
         self._next = index
 
 
+class IndexedBatches(CursorBatches):
+    """Batches of `Examples`; see `ExamplesCursor`."""
+
+    def __init__(
+        self, examples: Examples, batch_size: int, mesh: Mesh, rules: Rules = Rules(), epochs: int | None = None
+    ):
+        super().__init__(ExamplesCursor(examples, batch_size, epochs), mesh, rules)
+
+
+def _start_workers(cursor: Cursor, shardings: Mapping[str, NamedSharding], number: int) -> "Workers":
+    from axrepro.data.workers import Workers  # which imports this module
+
+    return Workers(cursor, local_rows(cursor.arrays, shardings), number)
+
+
+def local_rows(
+    arrays: Mapping[str, jax.ShapeDtypeStruct], shardings: Mapping[str, NamedSharding]
+) -> list[tuple[int, int]]:
+    """The ranges (start, stop) of rows that `place` asks for in this process."""
+    return sorted(
+        {
+            index[0].indices(array.shape[0])[:2]
+            for name, array in arrays.items()
+            for index in shardings[name].addressable_devices_indices_map(array.shape).values()
+            if index is not None
+        }
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Data(ABC):
     """The config of the input, at `experiment.data`.
 
     Attributes:
       batch_size: sequences or examples in a global batch, over all hosts.
+      workers: processes on each host that make training batches ahead of time; 0: a thread of the run does.
     """
 
     batch_size: int
+    workers: int = 0
 
     def __post_init__(self):
         require_sizes(self, "batch_size")
+        require(self, "workers", self.workers >= 0, "a whole number, 0 or above")
 
     @abstractmethod
     def open(self, split: Split, seed: int) -> Examples:
@@ -216,5 +358,15 @@ class Data(ABC):
         Raises:
           UserError: as `open` does, and if the batch does not divide over the mesh.
         """
+        cursor = self.cursor(split, seed)
+        return CursorBatches(cursor, mesh, rules, self.workers if split == "train" else 0)
+
+    def cursor(self, split: Split, seed: int) -> Cursor:
+        """What `batches` goes through. Raises UserError as `open` does."""
         epochs = 1 if split == "eval" else None
-        return IndexedBatches(self.open(split, seed), self.batch_size, mesh, rules, epochs)
+        return ExamplesCursor(self.open(split, seed), self.batch_size, epochs, self.describe())
+
+    def describe(self) -> str:
+        """What reports call this data."""
+        source = getattr(self, "source", None)
+        return f"{type(self).__name__}" + ("" if source is None else f" of {source!r:.200}")

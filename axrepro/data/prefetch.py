@@ -1,14 +1,22 @@
 """Batches made ahead of time by a background thread."""
 
+import logging
 import threading
 import weakref
 from collections import deque
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 
 from axrepro.data.base import Batches
 from axrepro.errors import UserError
+
+
+class _Made(NamedTuple):
+    batch: dict[str, jax.Array]
+    position: dict
+    counts: dict[str, int]
 
 
 class _Producer:
@@ -20,7 +28,7 @@ class _Producer:
     def __init__(self, batches: Batches, depth: int):
         self._batches = batches
         self._depth = depth
-        self._made: deque[tuple[dict[str, jax.Array], dict]] = deque()
+        self._made: deque[_Made] = deque()
         self._end: BaseException | None = None  # why there are no further batches; StopIteration in the good case
         self._stopped = False
         self._changed = threading.Condition()
@@ -34,7 +42,7 @@ class _Producer:
                 if self._stopped:
                     return
             try:
-                item = next(self._batches), self._batches.position()
+                item = _Made(next(self._batches), self._batches.position(), self._batches.counts())
             except BaseException as error:  # it belongs to the consumer, whatever it is
                 with self._changed:
                     self._end = error
@@ -44,10 +52,16 @@ class _Producer:
                 self._made.append(item)
                 self._changed.notify_all()
 
-    def take(self) -> tuple[dict[str, jax.Array], dict]:
-        """The next batch and the position after it. Raises what the batches raised, once those before it are taken."""
+    def take(self, patience: float) -> _Made:
+        """The next batch. Raises what the batches raised, once those before it are taken.
+
+        Every `patience` seconds without one it is said which source is being read.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._made or self._end is not None or self._stopped)
+            waited = 0.0
+            while not self._changed.wait_for(lambda: self._made or self._end is not None or self._stopped, patience):
+                waited += patience
+                logging.warning("no batch for %.0f s; being read: %s", waited, self._batches.reading())
             if self._made:
                 item = self._made.popleft()
                 self._changed.notify_all()
@@ -64,10 +78,11 @@ class _Producer:
 
 
 class _Prefetch(Batches):
-    def __init__(self, batches: Batches, depth: int):
+    def __init__(self, batches: Batches, depth: int, patience: float):
         self._batches = batches
         self._depth = depth
-        self._position = batches.position()
+        self._patience = patience
+        self._position, self._counts = batches.position(), batches.counts()
         self._producer: _Producer | None = None
         self._release = lambda: None
         self._closed = False
@@ -78,11 +93,20 @@ class _Prefetch(Batches):
         if self._producer is None:
             self._producer = _Producer(self._batches, self._depth)
             self._release = weakref.finalize(self, self._producer.stop)  # also when the interpreter exits
-        batch, self._position = self._producer.take()
+        batch, self._position, self._counts = self._producer.take(self._patience)
         return batch
 
     def position(self) -> dict:
         return self._position
+
+    def stats(self) -> dict[str, int]:
+        return self._batches.stats()
+
+    def counts(self) -> dict[str, int]:
+        return self._counts
+
+    def reading(self) -> str:
+        return self._batches.reading()
 
     def _stop(self):
         self._release()
@@ -97,7 +121,7 @@ class _Prefetch(Batches):
         except UserError:
             self._batches.seek(self._position)  # the thread had run ahead; nothing is lost by a bad position
             raise
-        self._position = self._batches.position()
+        self._position, self._counts = self._batches.position(), self._batches.counts()
 
     def close(self) -> None:
         if not self._closed:
@@ -106,15 +130,17 @@ class _Prefetch(Batches):
             self._batches.close()
 
 
-def prefetch(batches: Batches, depth: int = 2) -> Batches:
+def prefetch(batches: Batches, depth: int = 2, patience: float = 30.0) -> Batches:
     """The same batches in the same order, made by a thread that stays up to `depth` of them ahead.
 
     `position` counts what was handed out, not what was made ahead. An exception of `batches` is raised where the batch
     that failed would have been handed out. From here on `batches` belongs to the result; close that alone.
 
+    Args:
+      patience: seconds without a batch after which a warning names the source that is being read.
     Raises:
       UserError: if `depth` is less than 1.
     """
     if depth < 1:
         raise UserError(f"prefetch depth {depth}: it is at least 1")
-    return _Prefetch(batches, depth)
+    return _Prefetch(batches, depth, patience)

@@ -214,7 +214,9 @@ def _run(
             writers.say(f"saved checkpoint {checkpoints.folder / str(saved)}")
 
     while step < settings.steps:
-        batch = rollout(state, next(batches))
+        with meter.watch.waiting():
+            batch = next(batches)
+        batch = rollout(state, batch)
         if step_fn is None:
             step_fn = diagnosis.compiled = compile_step(program, batch, saved, writers.say)
             meter.watch.restart(step)
@@ -230,7 +232,8 @@ def _run(
         if log or hold_out or save:
             monitor.flush(state)
         if log:
-            scalars = meter.scalars(step, report) | monitor.scalars()
+            counts = {f"data/{name}": float(count) for name, count in batches.counts().items()}
+            scalars = meter.scalars(step, report) | counts | monitor.scalars()
             details = meter.details(step, report)
         if stop and hold_out:  # before the evaluation, which may outlast the grace period
             checkpoints.save(state, batches.position())
@@ -285,8 +288,8 @@ class Meter:
         values = jax.device_get(report["scalars"])
         order = sorted(values, key=lambda name: (name.split("/")[-1] != "loss", name))  # what is minimised comes first
         scalars = {name: float(values[name]) for name in order}
-        seconds = self.watch.lap(step)
-        scalars["step_time_s"] = seconds
+        seconds, waited = self.watch.lap(step)
+        scalars["step_time_s"], scalars["data_wait_s"] = seconds, waited
         scalars[f"{self._unit}_per_s"] = self._units / seconds
         return scalars | speeds(self._flops, seconds, self._devices, self._peak)
 

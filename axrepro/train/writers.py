@@ -1,11 +1,12 @@
 """Where metrics go: metrics.jsonl, TensorBoard events, curve.png, and the console."""
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -226,14 +227,21 @@ class Stopwatch:
     """Seconds per step since the last reading."""
 
     def __init__(self, step: int):
-        self._step, self._time = step, time.perf_counter()
+        self.restart(step)
 
-    def lap(self, step: int) -> float:
-        """Seconds per step since the last lap."""
-        now = time.perf_counter()
-        seconds = (now - self._time) / max(1, step - self._step)
-        self._step, self._time = step, now
-        return seconds
+    def lap(self, step: int) -> tuple[float, float]:
+        """Seconds per step since the last lap, and those of them that passed `waiting`."""
+        now, steps = time.perf_counter(), max(1, step - self._step)
+        seconds, waited = (now - self._time) / steps, self._waited / steps
+        self._step, self._time, self._waited = step, now, 0.0
+        return seconds, waited
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What happens within is time spent waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
 
     def leave_out(self, seconds: float) -> None:
         """Does not count what took these seconds of the lap."""
@@ -241,4 +249,4 @@ class Stopwatch:
 
     def restart(self, step: int) -> None:
         """Starts a lap here, leaving out what came before (compiling, evaluating)."""
-        self._step, self._time = step, time.perf_counter()
+        self._step, self._time, self._waited = step, time.perf_counter(), 0.0

@@ -44,7 +44,7 @@ def test_a_run_leaves_what_is_promised(whole):
     assert config["config"]["train"]["steps"] == 20
     assert {"jax", "optax", "orbax-checkpoint"} <= set(config["versions"])
     line = json.loads((whole / "metrics.jsonl").read_text().split("\n")[19])
-    speeds = {"step_time_s", "tokens_per_s", "tflops_per_device", "tflops_per_device_full"}
+    speeds = {"step_time_s", "data_wait_s", "tokens_per_s", "tflops_per_device", "tflops_per_device_full"}
     assert {"loss", *speeds, "learning_rate", "eval/loss"} <= set(line)
     assert any(name.endswith("ffn/dropped") for name in line)
     assert (whole / "curve.png").read_bytes().startswith(b"\x89PNG")
