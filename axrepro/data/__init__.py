@@ -9,9 +9,12 @@ a `Data` config that opens `Examples`; what can only be streamed overrides `Data
 from axrepro.data.base import Batches, Data, Examples, IndexedBatches, Split, batch_shardings, logical_axes
 from axrepro.data.markov import ChainSamples, MarkovChains
 from axrepro.data.prefetch import prefetch
+from axrepro.data.seqio import SeqIO, SeqIOVocabulary, seqio_metrics
 from axrepro.data.shuffle import permutation
 from axrepro.data.sources import Document, JsonLines, PythonStdlib, Source, TextFiles
+from axrepro.data.stream import Stream, StreamBatches
 from axrepro.data.text import PackedText, Text
+from axrepro.data.tfds import Tfds, TfdsRecords
 from axrepro.data.vocabulary import Bytes, SentencePiece, Vocabulary
 
 __all__ = [
@@ -27,13 +30,20 @@ __all__ = [
     "PackedText",
     "PythonStdlib",
     "SentencePiece",
+    "SeqIO",
+    "SeqIOVocabulary",
     "Source",
     "Split",
+    "Stream",
+    "StreamBatches",
     "Text",
     "TextFiles",
+    "Tfds",
+    "TfdsRecords",
     "Vocabulary",
     "batch_shardings",
     "logical_axes",
     "permutation",
     "prefetch",
+    "seqio_metrics",
 ]
