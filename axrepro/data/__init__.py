@@ -10,6 +10,12 @@ So a new kind of file is a `Source`, a new way to prepare it is a transform, a n
 imported inside the functions that need them.
 """
 
+import os
+import sys
+
+if sys.orig_argv[1:3] == ["-m", __name__]:  # that command looks for no accelerator, which would make noise
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
 from axrepro.data.base import (
     Batches,
     Cursor,
@@ -29,7 +35,7 @@ from axrepro.data.pipeline import Feature, Pipeline
 from axrepro.data.prefetch import prefetch
 from axrepro.data.records import BadRecord, Example, Faults, Records, Source, Transform
 from axrepro.data.shuffle import permutation
-from axrepro.data.sources import JsonLines, PythonStdlib, TextFiles
+from axrepro.data.sources import FromFunction, JsonLines, PythonStdlib, TextFiles
 from axrepro.data.text import MemoryStore, PackedText, Text
 from axrepro.data.vocabulary import Bytes, SentencePiece, Vocabulary
 
@@ -50,6 +56,7 @@ __all__ = [
     "Feature",
     "FirstFit",
     "Fixed",
+    "FromFunction",
     "IndexedBatches",
     "JsonLines",
     "MarkovChains",

@@ -314,6 +314,7 @@ def local_rows(
             index[0].indices(array.shape[0])[:2]
             for name, array in arrays.items()
             for index in shardings[name].addressable_devices_indices_map(array.shape).values()
+            if index is not None
         }
     )
 

@@ -1,5 +1,6 @@
 """Several data sets in one batch, at rates that may change with the step."""
 
+import itertools
 import math
 import operator
 import zlib
@@ -93,7 +94,7 @@ class Curriculum(Rates):
 
     def __post_init__(self):
         steps = [stage.step for stage in self.stages]
-        rising = bool(steps) and steps[0] == 0 and all(a < b for a, b in zip(steps, steps[1:], strict=False))
+        rising = bool(steps) and steps[0] == 0 and all(a < b for a, b in itertools.pairwise(steps))
         require(self, "stages", rising, "stages in the order of their steps, the first at step 0")
 
     def check(self, parts):
@@ -101,8 +102,8 @@ class Curriculum(Rates):
             positive = all(math.isfinite(rate) and rate >= 0 for rate in stage.rates) and sum(stage.rates) > 0
             if len(stage.rates) != len(parts) or not positive:
                 raise UserError(
-                    f"the stage at step {stage.step} has rates {stage.rates}; it takes one of 0 or above, and one above "
-                    f"0, for each of {', '.join(parts)}"
+                    f"the stage at step {stage.step} has rates {stage.rates}; it takes a number of 0 or above for each "
+                    f"of {', '.join(parts)}, not all 0"
                 )
 
     def at(self, step, rates, sizes):
@@ -139,9 +140,8 @@ class Mixture(Data):
         require_sizes(self, "sequence_length")
         names = [part.name for part in self.parts]
         require(self, "parts", bool(names) and len(set(names)) == len(names), "at least one, each with its own name")
-        require(
-            self, "parts", isinstance(self.rates, Curriculum) or sum(p.rate for p in self.parts) > 0, "a rate above 0"
-        )
+        own = isinstance(self.rates, Curriculum) or sum(part.rate for part in self.parts) > 0
+        require(self, "parts", own, "a rate above 0 in one of them")
         self.rates.check(names)
 
     def _data(self, part: Part) -> Data:
@@ -276,7 +276,8 @@ class MixtureCursor(Cursor):
             if not len(examples):
                 raise UserError(f"the part {name!r} has no examples")
         self._sizes = {name: float(_size(examples)) for name, examples in parts.items()}
-        self._batch, self._next = 0, np.zeros(len(parts), np.int64)
+        self._batch = 0
+        self._next: np.ndarray = np.zeros(len(parts), np.int64)
         self._reading = ""
 
     @property

@@ -199,18 +199,27 @@ def _best_fit_groups(counts: np.ndarray, length: int) -> list[tuple[int, tuple[i
         left = int(counts[size])
         while left:
             place = bisect_left(rooms, size)
-            if place == len(rooms):
-                put(length - size, left, (size,))
-                break
-            room = rooms[place]
-            count, members = open_rows[room].pop()
-            taken = min(count, left)
-            if taken < count:
-                open_rows[room].append((count - taken, members))
-            elif not open_rows[room]:
-                del open_rows[room], rooms[place]
-            put(room - size, taken, (*members, size))
-            left -= taken
+            if new := place == len(rooms):
+                room, count, members = length, left, ()
+            else:
+                room = rooms[place]
+                count, members = open_rows[room].pop()
+            # a row that has taken one is the fullest with room for the next
+            times = room // size
+            filled = min(count, left // times)
+            used = filled
+            if filled:
+                put(room - times * size, filled, (*members, *[size] * times))
+                left -= filled * times
+            if left and filled < count:
+                put(room - left * size, 1, (*members, *[size] * left))
+                used, left = filled + 1, 0
+            if not new:
+                if used < count:
+                    open_rows[room].append((count - used, members))
+                elif not open_rows[room]:
+                    del open_rows[room]
+                    rooms.remove(room)
     return full + [group for groups in open_rows.values() for group in groups]
 
 

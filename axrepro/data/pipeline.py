@@ -131,24 +131,20 @@ class Transformed(Examples):
         return self._made(record, self._transforms, rng)
 
     def _made(self, record: int, transforms: tuple[Transform | PairTransform, ...], rng) -> Example:
-        pairs = [i for i, transform in enumerate(transforms) if isinstance(transform, PairTransform)]
-        if not pairs:
-            return apply_transforms(transforms, self._records[record], rng, self._records.name(record))
-        before, pair, after = transforms[: pairs[-1]], transforms[pairs[-1]], transforms[pairs[-1] + 1 :]
-        example = self._made(record, before, rng)
-        if rng.random() < pair.probability:
-            other = self._made(int(rng.integers(len(self))), before, rng)
-            example = apply_transforms(
-                (lambda one, rng: pair.mix(one, other, rng),), example, rng, self._records.name(record)
-            )
-        return apply_transforms(after, example, rng, self._records.name(record))
+        example = self._records[record]
+        for number, transform in enumerate(transforms):
+            if not isinstance(transform, PairTransform):
+                example = apply_transforms((transform,), example, rng, self._records.name(record))
+            elif rng.random() < transform.probability:
+                other = self._made(int(rng.integers(len(self))), transforms[:number], rng)
+                mix = lambda one, rng, pair=transform, other=other: pair.mix(one, other, rng)
+                example = apply_transforms((mix,), example, rng, self._records.name(record))
+        return example
 
     def _feature(self, example: Example, feature: Feature, record: int) -> np.ndarray:
         name = self._records.name(record)
         if feature.name not in example:
-            raise UserError(
-                f"{name}: after all transforms, no field {feature.name!r}; {nearest(feature.name, example)}"
-            )
+            raise UserError(f"{name} has no field {feature.name!r} in the end; {nearest(feature.name, example)}")
         value = np.asarray(example[feature.name])
         if value.shape != feature.shape:
             raise BadRecord(f"{name}: {feature.name!r} has shape {list(value.shape)}, not {list(feature.shape)}")

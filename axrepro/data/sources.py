@@ -400,3 +400,39 @@ def open_pieces(
         pieces.append(found)
     source.check(counts, split, holdout)
     return kind(paths, pieces, unpacked)
+
+
+class _FromPython(Records):
+    def __init__(self, records: Sequence[Example], what: str):
+        self._records, self._what = records, what
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._records[index]
+
+    def name(self, index: int) -> str:
+        return f"{self._what}, record {index}"
+
+
+@dataclass(frozen=True)
+class FromFunction(Source):
+    """Records of any object that has a length and looks records up: a list, a Grain data source or `MapDataset`, a
+    Hugging Face dataset.
+
+    Attributes:
+      function: gives it for a split. Worker processes need it to be picklable.
+    """
+
+    function: Callable[[Split], Sequence[Example]]
+
+    def __repr__(self) -> str:
+        return f"{self.function.__module__}.{self.function.__qualname__}"
+
+    def open(self, split: Split) -> Records:
+        records = self.function(split)
+        what = f"{self!r}({split!r})"
+        if not len(records):
+            raise UserError(f"{what} has no records")
+        return _FromPython(records, what)

@@ -75,8 +75,8 @@ class RecordStore(Store):
 
     raw_bytes = 0
 
-    def __init__(self, records: Records, vocabulary: Vocabulary, faults: Faults):
-        self.sizes = records.sizes
+    def __init__(self, records: Records, sizes: np.ndarray, vocabulary: Vocabulary, faults: Faults):
+        self.sizes = sizes
         self._records, self._vocabulary, self._faults = records, vocabulary, faults
 
     def _ids(self, document: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -212,7 +212,7 @@ class PackedText(Examples):
     def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         indices = np.asarray(indices, np.int64)
         shape = (len(indices), self._length)
-        out = {name: np.zeros(shape, np.int32) for name in NAMES}
+        out: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name in NAMES}
         if self._loss_mask:
             out["loss_mask"] = np.zeros(shape, np.float32)
         if self._vocabulary.pad_id:
@@ -319,8 +319,8 @@ class Text(Data):
         # the first batches of the eval split should be a fair sample of it, and the same whatever the seed of the run
         seed = seed if split == "train" else 0
         records, faults = self.source.open(split), Faults(self.max_bad_records)
-        if records.sizes is not None and not self.transforms:
-            store = RecordStore(records, self.vocabulary, faults)
+        if (sizes := records.sizes) is not None and not self.transforms:
+            store = RecordStore(records, sizes, self.vocabulary, faults)
         else:
             store = self._encoded(records, split, seed, faults)
         rows = PackedText(

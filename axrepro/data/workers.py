@@ -1,7 +1,9 @@
 """Rows made ahead of time by worker processes, which Grain runs and hands over in order."""
 
 import json
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from typing import SupportsIndex
 
 import numpy as np
 from absl import flags
@@ -19,9 +21,9 @@ class _Elements:
     def __len__(self) -> int:
         return 2**31 - 1
 
-    def __getitem__(self, batch: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, batch: SupportsIndex) -> dict[str, np.ndarray]:
         try:
-            while self._at < batch:
+            while self._at < operator.index(batch):
                 self._cursor.advance()
                 self._at += 1
             parts = [self._cursor.rows(*part) for part in self._ranges]
@@ -90,7 +92,7 @@ class Workers:
                 f"data.workers={self._number} needs the package grain, which is missing: pip install axrepro[data]"
             ) from None
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own; whether absl runs the program is not its affair
+            flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, and absl may not run this program
         elements = grain.MapDataset.source(_Elements(self._cursor, self._ranges))
         read = elements.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         return iter(read.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._number, per_worker_buffer_size=2)))

@@ -2,16 +2,33 @@
 
 import gc
 import json
+import re
 import threading
 import time
 import weakref
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
 from axrepro.core import MeshShape, UserError, make_mesh
-from axrepro.data import Batches, Bytes, Examples, IndexedBatches, MemoryStore, PackedText, Text, TextFiles, prefetch
+from axrepro.data import (
+    Batches,
+    Bytes,
+    Examples,
+    Feature,
+    IndexedBatches,
+    JsonLines,
+    MemoryStore,
+    Mixture,
+    PackedText,
+    Part,
+    Pipeline,
+    Text,
+    TextFiles,
+    prefetch,
+)
 
 RAW = [bytes([97 + i]) * (5 * i % 43) for i in range(26)]
 MESHES = [MeshShape(), MeshShape(data=2, fsdp=4), MeshShape(data=2, seq=4), MeshShape(data=1, model=8)]
@@ -239,3 +256,65 @@ def test_a_forgotten_prefetch_is_collected_with_its_thread():
 def test_a_depth_below_one_is_refused(batches):
     with pytest.raises(UserError, match="depth 0"):
         prefetch(batches, depth=0)
+
+
+def test_a_source_that_stalls_is_named(caplog):
+    class Slow(Failing):
+        def __next__(self):
+            time.sleep(0.5)
+            return super().__next__()
+
+        def reading(self):
+            return "web/c4"
+
+    made = prefetch(Slow(), patience=0.1)
+    next(made)
+    made.close()
+    assert re.search(r"no batch for 0 s; being read: web/c4", caplog.text)
+
+
+def test_counts_are_of_the_batches_handed_out_not_of_those_made_ahead(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b" ".join(RAW))
+    text = Text(batch_size=1, sequence_length=8, source=TextFiles(f"{tmp_path}/a.txt", separator=" ", holdout=0))
+    mixed = Mixture(batch_size=16, parts=(Part(name="a", data=text), Part(name="b", data=text, rate=3.0)))
+    made = prefetch(mixed.batches("train", 0, make_mesh(MeshShape())), depth=4)
+    for step in range(3):
+        assert made.counts() == {"a": 4 * step, "b": 12 * step}
+        next(made)
+        time.sleep(0.05)
+    assert made.reading() in ("a", "b")
+    made.close()
+
+
+def test_worker_processes_make_the_same_batches_also_from_another_position(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{"x" * i}"}}\n' for i in range(60)))
+    data = Text(batch_size=16, sequence_length=8, source=JsonLines(f"{tmp_path}/a.jsonl", holdout=0))
+    mesh = make_mesh(MeshShape(data=2, fsdp=4))
+    alone, helped = data.batches("train", 0, mesh), replace(data, workers=2).batches("train", 0, mesh)
+    try:
+        for _ in range(5):
+            assert_batches_equal(next(helped), next(alone))
+        assert helped.position() == alone.position()
+        for batches in (alone, helped):
+            batches.seek({"next_example": 24})
+        for _ in range(3):
+            assert_batches_equal(next(helped), next(alone))
+    finally:
+        helped.close()
+
+
+def test_what_a_worker_meets_reaches_the_run_as_it_is(tmp_path):
+    lines = [f'{{"n": {i}}}' for i in range(8)]
+    lines[5] = "broken"
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    data = Pipeline(
+        batch_size=8, source=JsonLines(f"{tmp_path}/a.jsonl", holdout=0), features=(Feature(name="n"),), workers=1
+    )
+    failing = data.batches("train", 0, make_mesh(MeshShape()))
+    with pytest.raises(UserError, match=r"a\.jsonl:6 is not JSON"):
+        next(failing)
+    failing.close()
+    counted = replace(data, max_bad_records=1).batches("train", 0, make_mesh(MeshShape()))
+    assert int(next(counted)["valid"].sum()) == 7
+    assert counted.counts() == {"bad_records": 1}
+    counted.close()

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -10,7 +11,22 @@ from hypothesis import strategies as st
 
 from axrepro.core import UserError
 from axrepro.core.config import override
-from axrepro.data import Bytes, MemoryStore, PackedText, PythonStdlib, SentencePiece, Text, TextFiles, permutation
+from axrepro.data import (
+    BadRecord,
+    BestFit,
+    Bytes,
+    Concatenate,
+    FirstFit,
+    MemoryStore,
+    PackedText,
+    PythonStdlib,
+    Records,
+    SentencePiece,
+    Source,
+    Text,
+    TextFiles,
+    permutation,
+)
 
 texts = st.lists(st.one_of(st.binary(max_size=4), st.binary(max_size=60)), min_size=1, max_size=12)
 
@@ -175,3 +191,168 @@ def test_text_that_is_not_utf8_is_named_for_sentencepiece(tmp_path):
     assert rows["tokens"][0, : len(ids) + 1].tolist() == [2, *ids]
     assert rows["targets"][0, : len(ids) + 1].tolist() == [*ids, 2]
     assert data.vocab_size == 15
+
+
+# ---- records, weights of targets, and what may go wrong
+
+
+class _Tokens(Records):
+    """Records of tokens whose sizes are known."""
+
+    def __init__(self, tokens, bad=(), weights=None, claimed=None):
+        self._tokens, self._bad, self._weights, self._claimed = tokens, bad, weights, claimed
+        self.read = Counter()
+
+    def __len__(self):
+        return len(self._tokens)
+
+    def __getitem__(self, index):
+        self.read[index] += 1
+        if index in self._bad:
+            raise BadRecord(f"{self.name(index)} is corrupt")
+        record = {"tokens": np.array(self._tokens[index])}
+        return record if self._weights is None else record | {"loss_mask": np.array(self._weights[index], np.float32)}
+
+    def name(self, index):
+        return f"file, record {index}"
+
+    @property
+    def sizes(self):
+        return np.array([len(tokens) for tokens in self._tokens]) if self._claimed is None else np.array(self._claimed)
+
+
+@dataclass(frozen=True)
+class Given(Source):
+    records: Records
+
+    def open(self, split):
+        return self.records
+
+
+def text_of(records: Records, **settings) -> Text:
+    return Text(batch_size=2, sequence_length=settings.pop("length", 7), source=Given(records), **settings)
+
+
+@pytest.mark.parametrize("packing", [Concatenate(), BestFit(), FirstFit()], ids=str)
+@settings(max_examples=20, deadline=None)
+@given(raw=texts, length=st.integers(1, 20), seed=st.integers(0, 2**31), data=st.data())
+def test_ids_read_with_their_rows_give_the_rows_of_ids_in_memory(packing, raw, length, seed, data):
+    tokens = [Bytes().encode(text) for text in raw]
+    weights = [data.draw(st.lists(st.sampled_from([0, 1]), min_size=len(t), max_size=len(t))) for t in tokens]
+    read = text_of(_Tokens(tokens, weights=weights), length=length, packing=packing, loss_mask=True).open("train", seed)
+    encoded = [(ids, np.array(mask, np.float32)) for ids, mask in zip(tokens, weights, strict=True)]
+    store = MemoryStore(encoded, Bytes(), 0)
+    held = PackedText(store, Bytes(), length, seed, packing=packing, loss_mask=True)
+    every = np.arange(2 * len(held))
+    for name, values in held.rows(every).items():
+        np.testing.assert_array_equal(read.rows(every)[name], values, err_msg=name)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    documents=st.lists(st.lists(st.tuples(st.binary(max_size=6), st.booleans()), min_size=1, max_size=4), min_size=1),
+    length=st.integers(1, 12),
+)
+def test_only_targets_of_parts_that_count_have_weight(documents, length):
+    """Weight by weight: the end id counts like the last token before it."""
+    pairs = []
+    for parts in documents:
+        ids = [(byte + 3, float(counts)) for text, counts in parts for byte in text]
+        pairs += [(i, weight) for i, weight in ids] + [(1, ids[-1][1] if ids else 1.0)]
+    records = [{"parts": tuple(parts)} for parts in documents]
+    examples = text_of(_Given(records), length=length, shuffle=False, loss_mask=True)
+    if not any(text for parts in documents for text, _ in parts):
+        with pytest.raises(UserError, match="are empty"):
+            examples.open("train", 0)
+        return
+    opened = examples.open("train", 0)
+    rows = opened.rows(np.arange(len(opened)))
+    real = rows["segment_ids"] > 0
+    assert list(zip(rows["targets"][real].tolist(), rows["loss_mask"][real].tolist(), strict=True)) == pairs
+    assert not rows["loss_mask"][~real].any()
+
+
+class _Given(Records):
+    def __init__(self, records):
+        self._records = records
+
+    def __len__(self):
+        return len(self._records)
+
+    def __getitem__(self, index):
+        return self._records[index]
+
+    def name(self, index):
+        return f"given, record {index}"
+
+
+def test_parts_that_do_not_count_need_a_loss_mask():
+    with pytest.raises(UserError, match=r"record 0 has parts that do not count in the loss: set loss_mask=True"):
+        text_of(_Given([{"parts": ((b"a", False), (b"b", True))}])).open("train", 0)
+    rows = text_of(_Tokens([[5, 6]], weights=[[0, 1]])).open("train", 0)
+    with pytest.raises(UserError, match="set loss_mask=True"):
+        rows.rows(np.arange(1))
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"txt": "a"}, "record 1 has no field 'text'; did you mean 'txt'"),
+        ({"text": 5}, "record 1: its text is 5, not a string"),
+        ({"text": "\ud800"}, "record 1 is not Unicode"),
+        ({"tokens": [[1]]}, r"record 1: its tokens are int64\[1, 1\]"),
+        ({"tokens": [0.5]}, r"record 1: its tokens are float64\[1\]"),
+        ({"tokens": [7, 259]}, "record 1 has tokens 7 ... 259; those of the vocabulary bytes are 3 ... 258"),
+        ({"tokens": [7, 8], "loss_mask": [1]}, r"2 tokens, but a loss_mask of shape \[1\]"),
+    ],
+)
+def test_a_record_that_is_no_text_is_named_or_left_out_and_counted(record, message, caplog):
+    records = _Given([{"text": "fine"}, record, {"text": "too"}])
+    with pytest.raises(BadRecord, match=message):
+        text_of(records).open("train", 0)
+    opened = text_of(records, max_bad_records=1).open("train", 0)
+    assert opened.stats()["documents"] == 2
+    assert list(opened.bad_records) == [1]
+    assert re.search(message, caplog.text)
+
+
+def test_a_transform_that_refuses_a_record_is_named_with_it():
+    def refuse(example, rng):
+        raise ValueError("no such thing")
+
+    with pytest.raises(BadRecord, match="given, record 0: no such thing"):
+        text_of(_Given([{"text": "a"}]), transforms=(refuse,)).open("train", 0)
+
+
+def test_records_that_turn_out_bad_when_their_row_is_made_are_padding_and_counted_once():
+    tokens = [[5] * 4, [6] * 4, [7] * 4]
+    with pytest.raises(BadRecord, match="file, record 1 is corrupt"):
+        text_of(_Tokens(tokens, bad=(1,)), length=5).open("train", 0).rows(np.arange(3))
+    opened = text_of(_Tokens(tokens, bad=(1,)), length=5, max_bad_records=1).open("train", 0)
+    for _ in range(2):
+        rows = opened.rows(np.arange(3))
+        assert sorted(rows["tokens"].tolist()) == [[0] * 5, [1, 5, 5, 5, 5], [1, 7, 7, 7, 7]]
+        assert sorted(rows["segment_ids"].sum(1).tolist()) == [0, 5, 5]
+    assert dict(opened.bad_records) == {1: "file, record 1 is corrupt"}
+    claimed = text_of(_Tokens(tokens, claimed=[4, 3, 4])).open("train", 0)
+    with pytest.raises(BadRecord, match="record 1 has 4 tokens, but its index says 3"):
+        claimed.rows(np.arange(2))
+
+
+def test_transforms_of_records_draw_once_and_of_rows_in_every_epoch():
+    def name(example, rng):
+        return {"text": f"{example['text']}{rng.integers(10**9)}"}
+
+    def shift(row, rng):
+        return {"tokens": row["tokens"], "drawn": rng.integers(2**31, size=3)}
+
+    data = text_of(_Given([{"text": "a"}, {"text": "b"}]), length=6, transforms=(name,), row_transforms=(shift,))
+    assert {k: (v.shape, v.dtype.name) for k, v in data.abstract().items()} == {
+        "tokens": ((2, 6), "int32"),
+        "drawn": ((2, 3), "int64"),
+    }
+    opened = data.open("train", 0)
+    epochs = [opened.rows(np.arange(len(opened)) + e * len(opened)) for e in range(2)]
+    assert sorted(epochs[0]["tokens"].ravel().tolist()) == sorted(epochs[1]["tokens"].ravel().tolist())
+    assert len(np.unique(np.stack([epoch["drawn"] for epoch in epochs]))) == 6 * len(opened)
+    np.testing.assert_array_equal(opened.rows(np.array([1, 0]))["drawn"], epochs[0]["drawn"][[1, 0]])
