@@ -35,7 +35,6 @@ from axrepro.data.array_record import (
     Index,
     Shard,
     array_record_writer,
-    fingerprint,
     read_shard,
     whole,
     write_json,
@@ -139,7 +138,7 @@ def preprocess(
         "threshold": threshold if scorer is not None else None,
         "dedupe": sorted(set(dedupe)),
         "minhash": described(near),
-        "vocabulary": vocabulary and fingerprint(vocabulary),
+        "vocabulary": vocabulary and [vocabulary.fingerprint, vocabulary.size],
         "text_field": text_field,
     }
     index = begin(output, plan)
@@ -428,7 +427,11 @@ def _parser() -> Parser:
     parser.add_argument("--jaccard", type=float, default=MinHash.threshold, metavar="X", help="near from here on")
     parser.add_argument("--permutations", type=int, default=MinHash.permutations, metavar="N", help="of a signature")
     parser.add_argument("--shingle", type=int, default=MinHash.shingle, metavar="N", help="words of an n-gram")
-    parser.add_argument("--vocabulary", metavar="bytes|PATH", help="tokenise: bytes, or a SentencePiece model")
+    parser.add_argument(
+        "--vocabulary",
+        metavar="bytes|PATH",
+        help="tokenise: bytes, a SentencePiece model, a tokenizer.json, or hf://OWNER/NAME",
+    )
     parser.add_argument("--text_field", default="text", metavar="NAME", help="where the text is; default: text")
     parser.add_argument("--max_bad_records", type=int, default=0, metavar="N", help="how many may be left out")
     return parser
