@@ -55,7 +55,8 @@ def test_experiments_choose_and_compute_nothing():
 
 
 HEAVY = (
-    "[m for m in ('tensorflow', 'torch', 'transformers', 'seqio', 'matplotlib', 'tokamax', 'qwix') if m in sys.modules]"
+    "[m for m in ('tensorflow', 'tensorflow_datasets', 'torch', 'transformers', 'seqio', 'matplotlib', 'tokamax', "
+    "'qwix') if m in sys.modules]"
 )
 
 
@@ -85,3 +86,15 @@ print(code, {HEAVY}, peak < 1e9)
     lines = output(code).splitlines()
     assert lines[-1] == "0 [] True"
     assert any(line.startswith("parameters       339,8") for line in lines)
+
+
+def test_sources_that_need_tensorflow_import_nothing_of_it_before_they_are_opened():
+    code = f"""
+import sys
+from axrepro.data import SeqIO, SeqIOVocabulary, Tfds
+Tfds(name="any")
+SeqIO(batch_size=8, task="any", task_feature_lengths=(("targets", 8),))
+SeqIOVocabulary("any")
+print({HEAVY}, [m for m in ("array_record", "google_crc32c") if m in sys.modules])
+"""
+    assert output(code) == "[] []\n"

@@ -11,7 +11,7 @@ from scipy import stats
 
 from axrepro.core import UserError
 from axrepro.data import Bytes, JsonLines, Text
-from axrepro.data.denoising import FillInTheMiddle, PrefixLM, SpanCorruption, _cut
+from axrepro.data.denoising import FillInTheMiddle, PrefixLM, SpanCorruption, _cut, _share
 
 VOCABULARY = Bytes(extra_ids=100)
 TOP, END, PAD = VOCABULARY.size - 1, VOCABULARY.eos_id, VOCABULARY.pad_id
@@ -128,6 +128,21 @@ def test_every_division_into_spans_is_equally_likely():
     assert sum(drawn.count(sizes) for sizes in possible) == 6000
 
 
+def test_shares_are_in_proportion_and_within_their_bounds():
+    least, most = np.zeros(7, np.int64), np.full(7, 100)
+    assert sorted(_share(17, np.full(7, 9), least, most).tolist()) == [2, 2, 2, 2, 3, 3, 3]
+    # seats by the Sainte-Lague divisors 1, 3, 5 ..., the highest quotient first
+    weights = np.array([53, 24, 23, 11, 7, 2, 90])
+    seats = [0] * 7
+    for _ in range(21):
+        seats[max(range(7), key=lambda i: weights[i] / (2 * seats[i] + 1))] += 1
+    assert _share(21, weights, least, most).tolist() == seats
+    bounded = _share(21, weights, least + 1, np.array([4, 4, 4, 4, 4, 1, 6]))
+    assert bounded.sum() == 21
+    assert bounded.tolist()[-2:] == [1, 6]
+    assert (bounded <= [4, 4, 4, 4, 4, 1, 6]).all()
+
+
 def test_density_and_span_length_hold_over_many_rows():
     masks = []
     for seed in range(50):
@@ -147,11 +162,12 @@ def test_density_and_span_length_hold_over_many_rows():
     sizes=st.lists(st.integers(0, 90), max_size=12),
     length=st.integers(1, 200),
     cut=st.booleans(),
-    density=st.sampled_from([0.05, 0.15, 0.5]),
+    density=st.sampled_from([0.05, 0.15, 0.5, 0.7]),
     span=st.sampled_from([1.0, 3.0, 20.0]),
     seed=st.integers(0, 9),
 )
 def test_no_segment_leaks_into_another_and_each_is_taken_back_exactly(sizes, length, cut, density, span, seed):
+    span = max(span, 3.0) if density > 0.5 else span  # else no text is left between spans
     while sum(sizes) + len(sizes) > length:
         sizes = sizes[:-1]
     texts = documents(sizes, seed)
@@ -190,6 +206,8 @@ def test_documents_too_short_for_an_end_each_lose_the_shortest_or_go_together():
     apart = pairs(corrupt(row))
     assert len(apart) == 36
     assert all(any(restore(*pair)[0] == text.tolist() for text in texts) for pair in apart)
+    long = documents([13] * 20 + [100, 80] + [5] * 16)
+    assert [len(restore(*pair)[0]) for pair in pairs(corrupt(pack(long, 568)))] == [13] * 20 + [100, 80] + [5] * 10
     ((inputs, targets),) = pairs(corrupt(row, documents="together"))
     assert restore(inputs, targets)[0] == row["targets"][row["segment_ids"] > 0].tolist()[:-1]
 
@@ -228,6 +246,14 @@ def test_too_few_sentinels_are_refused_with_their_number(extra_ids):
     row = pack(documents([500]), 568)
     with pytest.raises(UserError, match=f"28 sentinels are needed, .* bytes only {extra_ids} stand for nothing yet"):
         SpanCorruption(vocabulary=Bytes(extra_ids=extra_ids))(row, np.random.default_rng(0))
+
+
+def test_the_end_id_is_no_sentinel_though_it_stands_for_no_text():
+    class EndsHighest(Bytes):
+        eos_id = TOP
+
+    with pytest.raises(UserError, match="only 0 stand for nothing yet"):
+        SpanCorruption(vocabulary=EndsHighest(extra_ids=100))(pack([], 568), np.random.default_rng(0))
 
 
 def test_text_that_is_only_read_is_not_corrupted():

@@ -225,7 +225,10 @@ def test_a_jpeg_is_decoded_no_larger_than_needed(monkeypatch):
     assert decode(data, crop=Resize(size=100)).shape == (100, 133, 3)
     assert decode(data, crop=Resize(size=113)).shape == (113, 150, 3)
     assert decode(data, crop=RandomResizedCrop(size=100, scale=(0.25, 0.25), ratio=(1, 1))).shape == (100, 100, 3)
-    assert sizes == [(150, 113), (300, 225), (300, 225)]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode(file(photo(800, 1600), "JPEG", exif=exif), crop=Resize(size=(400, 100))).shape == (400, 100, 3)
+    assert sizes == [(150, 113), (300, 225), (300, 225), (200, 400)]
 
 
 def planted(kind):

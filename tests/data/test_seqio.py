@@ -290,13 +290,21 @@ def test_a_task_over_tensorflow_datasets_reads_its_records(stream, tmp_path):
     import tensorflow_datasets as tfds
 
     titles = [f"title {i} é" for i in range(5)]
-    tfds.dataset_builders.store_as_tfds_dataset(
-        name="titles",
-        version="1.0.0",
-        data_dir=tmp_path,
-        features=tfds.features.FeaturesDict({"title": tfds.features.Text()}),
-        split_datasets={"train": [{"title": title} for title in titles]},
-    )
+
+    class Titles(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"title": tfds.features.Text()})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, manager):
+            return {"train": ((title, {"title": title}) for title in titles)}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    Titles(data_dir=tmp_path).download_and_prepare()
     rename = lambda dataset: dataset.map(lambda record: {"targets": record["title"]})
     seqio.TaskRegistry.add(
         "titles",
