@@ -78,9 +78,11 @@ def encode(record: Example) -> bytes:
     if any(not isinstance(name, str) for name in record):
         raise ValueError(f"the fields {list(record)!r:.100} are not all strings")
     try:
-        return msgpack.packb(record, default=pack, strict_types=True)
+        packed = msgpack.packb(record, default=pack, strict_types=True)
     except (OverflowError, UnicodeEncodeError, TypeError) as error:
         raise ValueError(str(error)) from None
+    assert packed is not None  # as it is with a buffer that is reset
+    return packed
 
 
 def _unpack_array(code: int, data: memoryview | bytes) -> np.ndarray:
@@ -112,7 +114,7 @@ def decode(data: bytes) -> Example:
 
 
 @cache
-def _example_type():
+def _example_type() -> Any:
     """The message tf.train.Example, from its description in place of TensorFlow."""
     try:
         from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -209,12 +211,22 @@ class Shard:
     fields: _Schema = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, written: dict[str, Any]) -> "Shard":
+        """From what `as_json` gave."""
+        told: dict[str, Any] = {**written, "fields": {name: set(kinds) for name, kinds in written["fields"].items()}}
+        return cls(**told)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**vars(self), "fields": {name: sorted(kinds) for name, kinds in self.fields.items()}}
+
     def add(self, record: Example, encoded: bytes) -> None:
         """Counts one more record."""
         _add_schema(self.fields, {name: _kind(value) for name, value in record.items()}, first=not self.records)
         self.records += 1
         self.payload += len(encoded)
-        if isinstance(tokens := record.get("tokens"), np.ndarray) and tokens.ndim == 1:
+        tokens = record.get("tokens")
+        if isinstance(tokens, list) or (isinstance(tokens, np.ndarray) and tokens.ndim == 1):
             self.lengths.append(len(tokens))
 
 
@@ -254,7 +266,8 @@ def read_index(prefix: str) -> Index | None:
         values = json.loads(Path(path).read_text())
         if not isinstance(values, dict) or values.get("format") != _FORMAT:
             return None
-        index = Index(**{**values, "records": tuple(values["records"]), "sizes": tuple(values["sizes"])})
+        told: dict[str, Any] = {**values, "records": tuple(values["records"]), "sizes": tuple(values["sizes"])}
+        index = Index(**told)
         if len(index.records) != len(index.sizes) or not all(isinstance(n, int) for n in index.records + index.sizes):
             raise ValueError("it has another number of records than of sizes")
     except FileNotFoundError:
@@ -406,14 +419,14 @@ def write_index(
     lengths = np.concatenate([np.zeros(0, np.int64), *(np.array(shard.lengths, np.int64) for shard in shards)])
     records = sum(shard.records for shard in shards)
     if len(lengths) not in (0, records):
-        raise UserError(f"only {len(lengths)} of the {records} records of {prefix} have an array of tokens")
+        raise UserError(f"only {len(lengths)} of the {records} records of {prefix} have a list of tokens")
     index = Index(
         records=tuple(shard.records for shard in shards),
         sizes=tuple(shard.size for shard in shards),
         payload=sum(shard.payload for shard in shards),
         tokens=int(lengths.sum()) if len(lengths) else None,
         fields={name: sorted(kinds) for name, kinds in fields.items()},
-        vocabulary=vocabulary and {"name": vocabulary.name, "fingerprint": vocabulary.fingerprint},
+        vocabulary=None if vocabulary is None else {"name": vocabulary.name, "fingerprint": vocabulary.fingerprint},
         made_from=made_from,
         counts=counts or {},
     )

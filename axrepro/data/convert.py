@@ -83,11 +83,10 @@ def convert(
       UserError: if the output is there and was made otherwise, or cannot be written.
       BadRecord: for one that cannot be read, transformed or written.
     """
-    indexed = isinstance(records, Records | Sequence)
     steps = (*transforms, *([] if vocabulary is None else [Tokenise(vocabulary=vocabulary, field=text_field)]))
     plan = {
         "input": made_from or type(records).__name__,
-        "records": len(records) if indexed else None,
+        "records": len(records) if isinstance(records, Records | Sequence) else None,
         "shards": shards,
         "transforms": [described(transform) for transform in transforms],
         "vocabulary": vocabulary and [vocabulary.fingerprint, vocabulary.size, text_field],
@@ -95,7 +94,6 @@ def convert(
     if (index := begin(output, plan)) is not None:
         return index
     faults, paths = Faults(max_bad_records), [shard_path(output, number, shards, SUFFIX) for number in range(shards)]
-
     fixed = np.random.default_rng(0)  # for tokenising alone, which draws nothing: a new generator takes 15 µs
 
     def put(writer: ArrayRecordWriter, number: int, read: Callable[[], Example]) -> None:
@@ -106,7 +104,10 @@ def convert(
         except BadRecord as error:
             faults.add(number, error)
 
-    written, read = (_in_order if indexed else _in_one_pass)(records, paths, put)
+    if isinstance(records, Records | Sequence):
+        written, read = _in_order(records, paths, put)
+    else:
+        written, read = _in_one_pass(records, paths, put)
     kept = sum(shard.records for shard in written)
     return finish(output, plan, written, vocabulary, {"read": read, "bad": read - kept, "written": kept})
 

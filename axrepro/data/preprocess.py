@@ -168,7 +168,7 @@ def preprocess(
     counts, written = dict.fromkeys(STAGES, 0), []
     for number in every:
         made = json.loads(Path(job.path(f"write-{number:05d}.json")).read_text())
-        written.append(Shard(**{**made["shard"], "fields": {k: set(v) for k, v in made["shard"]["fields"].items()}}))
+        written.append(Shard.of(made["shard"]))
         for name, count in made["counts"].items():
             counts[name] += count
     if counts["read"] != sum(counts[name] for name in STAGES[1:]) or counts["read"] != len(records):
@@ -380,8 +380,7 @@ def _write(job: _Job, number: int) -> None:
     path = job.shard(number)
     shard = read_shard(path) if os.path.exists(path) else _write_shard(job, path, stay, bad)
     counts = (stop - start, bad + len(stay) - shard.records, filtered, len(gone[True]), len(near), shard.records)
-    fields = {name: sorted(kinds) for name, kinds in shard.fields.items()}
-    made = {"shard": {**vars(shard), "fields": fields}, "counts": dict(zip(STAGES, counts, strict=True))}
+    made = {"shard": shard.as_json(), "counts": dict(zip(STAGES, counts, strict=True))}
     write_json(job.path(f"write-{number:05d}.json"), made)
 
 

@@ -305,7 +305,7 @@ def test_records_with_optional_fields_say_so_and_tokens_are_in_all_or_none(tmp_p
         {"a", "b"},
         {"a"},
     ]
-    with pytest.raises(UserError, match=r"only 1 of the 2 records of .* have an array of tokens"):
+    with pytest.raises(UserError, match=r"only 1 of the 2 records of .* have a list of tokens"):
         write_array_records([{"tokens": np.arange(2)}, {"a": 1}], f"{tmp_path}/b")
 
 
