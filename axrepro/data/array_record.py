@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cache, lru_cache
-from hashlib import sha256
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,9 +78,11 @@ def encode(record: Example) -> bytes:
     if any(not isinstance(name, str) for name in record):
         raise ValueError(f"the fields {list(record)!r:.100} are not all strings")
     try:
-        return msgpack.packb(record, default=pack, strict_types=True)
+        packed = msgpack.packb(record, default=pack, strict_types=True)
     except (OverflowError, UnicodeEncodeError, TypeError) as error:
         raise ValueError(str(error)) from None
+    assert packed is not None  # as it is with a buffer that is reset
+    return packed
 
 
 def _unpack_array(code: int, data: memoryview | bytes) -> np.ndarray:
@@ -113,7 +114,7 @@ def decode(data: bytes) -> Example:
 
 
 @cache
-def _example_type():
+def _example_type() -> Any:
     """The message tf.train.Example, from its description in place of TensorFlow."""
     try:
         from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -175,20 +176,6 @@ def decode_example(data: bytes) -> Example:
     return record
 
 
-@lru_cache(maxsize=8)
-def fingerprint(vocabulary: Vocabulary) -> str:
-    """What two vocabularies share if and only if they are the same, wherever their files lie.
-
-    A hash of the number of ids, the special ones, the text of every id, and the ids of a sample.
-    """
-    probe = "Hello  world! 123\n\té ﬁ 漢字 \U0001f600 def f(x): return x"
-    state = sha256(json.dumps([vocabulary.size, vocabulary.pad_id, vocabulary.eos_id]).encode())
-    state.update(vocabulary.encode(probe).astype("<i8").tobytes())
-    for i in range(vocabulary.size):
-        state.update(vocabulary.decode([i]).encode(errors="surrogatepass") + b"\xff")
-    return state.hexdigest()[:16]
-
-
 def _kind(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return _array_kind(value.dtype, value.ndim)
@@ -224,12 +211,22 @@ class Shard:
     fields: _Schema = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, written: dict[str, Any]) -> "Shard":
+        """From what `as_json` gave."""
+        told: dict[str, Any] = {**written, "fields": {name: set(kinds) for name, kinds in written["fields"].items()}}
+        return cls(**told)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**vars(self), "fields": {name: sorted(kinds) for name, kinds in self.fields.items()}}
+
     def add(self, record: Example, encoded: bytes) -> None:
         """Counts one more record."""
         _add_schema(self.fields, {name: _kind(value) for name, value in record.items()}, first=not self.records)
         self.records += 1
         self.payload += len(encoded)
-        if isinstance(tokens := record.get("tokens"), np.ndarray) and tokens.ndim == 1:
+        tokens = record.get("tokens")
+        if isinstance(tokens, list) or (isinstance(tokens, np.ndarray) and tokens.ndim == 1):
             self.lengths.append(len(tokens))
 
 
@@ -241,7 +238,7 @@ class Index:
       records, sizes: records and bytes of the file, of each shard.
       payload: bytes of all records before compression.   tokens: in all records; None if they have no `tokens`.
       fields: the kinds of value that each field has, sorted.
-      vocabulary: name and `fingerprint` of what made the tokens, or None.
+      vocabulary: name and `fingerprint` of the one that made the tokens, or None.
       made_from: what the writer was given, as far as another output would follow from a change.
       counts: what became of the input: read, bad ...
     """
@@ -269,7 +266,8 @@ def read_index(prefix: str) -> Index | None:
         values = json.loads(Path(path).read_text())
         if not isinstance(values, dict) or values.get("format") != _FORMAT:
             return None
-        index = Index(**{**values, "records": tuple(values["records"]), "sizes": tuple(values["sizes"])})
+        told: dict[str, Any] = {**values, "records": tuple(values["records"]), "sizes": tuple(values["sizes"])}
+        index = Index(**told)
         if len(index.records) != len(index.sizes) or not all(isinstance(n, int) for n in index.records + index.sizes):
             raise ValueError("it has another number of records than of sizes")
     except FileNotFoundError:
@@ -421,14 +419,14 @@ def write_index(
     lengths = np.concatenate([np.zeros(0, np.int64), *(np.array(shard.lengths, np.int64) for shard in shards)])
     records = sum(shard.records for shard in shards)
     if len(lengths) not in (0, records):
-        raise UserError(f"only {len(lengths)} of the {records} records of {prefix} have an array of tokens")
+        raise UserError(f"only {len(lengths)} of the {records} records of {prefix} have a list of tokens")
     index = Index(
         records=tuple(shard.records for shard in shards),
         sizes=tuple(shard.size for shard in shards),
         payload=sum(shard.payload for shard in shards),
         tokens=int(lengths.sum()) if len(lengths) else None,
         fields={name: sorted(kinds) for name, kinds in fields.items()},
-        vocabulary=vocabulary and {"name": vocabulary.name, "fingerprint": fingerprint(vocabulary)},
+        vocabulary=None if vocabulary is None else {"name": vocabulary.name, "fingerprint": vocabulary.fingerprint},
         made_from=made_from,
         counts=counts or {},
     )
@@ -492,14 +490,16 @@ def _decoded(decode: Callable[[bytes], Example], data: bytes, path: str, number:
 class _Files(FileRecords):
     """See `ArrayRecords`. Readers are opened when they are first asked for, and are shared by threads."""
 
-    def __init__(self, files, counts, split, holdout, decoder, schemas, lengths):
+    def __init__(self, files, counts, split, holdout, decoder, schemas, lengths, fingerprint: str | None):
         """
         Args:
           schemas: by file, the kinds that its fields may have, where an index tells them.
           lengths: int[N] of the tokens of all records of the files, if known.
+          fingerprint: of the vocabulary that made the tokens, if known.
         """
         super().__init__(files, counts, split, holdout)
         self._counts = counts
+        self.fingerprint = fingerprint
         self._decode = decoder
         self._schemas = schemas
         self._sizes = None if lengths is None else self.taken(lengths).astype(np.int64)
@@ -584,6 +584,11 @@ class ArrayRecords(RecordFiles):
         indices: dict[str, Index | None] = {}
         if self.encoding == "msgpack":
             indices = {prefix: read_index(prefix) for prefix in sorted({s[0] for s in places.values() if s})}
+        by = {
+            index.vocabulary["fingerprint"]: prefix for prefix, index in indices.items() if index and index.vocabulary
+        }
+        if len(by) > 1:
+            raise UserError(f"the tokens of {' and '.join(by.values())} were made with different vocabularies")
         known: dict[str, int] = {}
         schemas: dict[int, dict[str, list[str]]] = {}
         lengths: list[np.ndarray] | None = []
@@ -606,7 +611,9 @@ class ArrayRecords(RecordFiles):
             known |= dict(zip(unknown, pool.map(_count, unknown), strict=True))
         decoder = {"msgpack": decode, "example": decode_example, "bytes": _BytesField(self.field)}[self.encoding]
         sizes = np.concatenate(lengths) if lengths else None
-        return _Files(files, [known[path] for path in files], split, holdout, decoder, schemas, sizes)
+        return _Files(
+            files, [known[path] for path in files], split, holdout, decoder, schemas, sizes, next(iter(by), None)
+        )
 
     def _check(self, prefix: str, index: Index, path: str, number: int, count: int) -> None:
         """Raises UserError if a shard is not the one that its index tells of."""
@@ -616,11 +623,11 @@ class ArrayRecords(RecordFiles):
             how = "truncated" if size < told else "another file than the one that was written"
             raise UserError(f"{path} has {size} bytes, and {prefix}.json says {told}: it is {how}; copy it anew")
         if self.vocabulary is not None and index.vocabulary is not None:
-            mine, theirs = fingerprint(self.vocabulary), index.vocabulary.get("fingerprint")
+            mine, theirs = self.vocabulary.fingerprint, index.vocabulary.get("fingerprint")
             if mine != theirs:
                 raise UserError(
-                    f"the tokens of {prefix} were made with the vocabulary {index.vocabulary.get('name')} ({theirs}), "
-                    f"not with {self.vocabulary.name} ({mine}); give that one, or tokenise anew"
+                    f"the tokens of {prefix} were made with the vocabulary {index.vocabulary.get('name')} ("
+                    f"{theirs:.8}), not with {self.vocabulary.name} ({mine:.8}); give that one, or tokenise anew"
                 )
 
 

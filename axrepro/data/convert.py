@@ -20,7 +20,6 @@ from axrepro.data.array_record import (
     Index,
     Shard,
     array_record_writer,
-    fingerprint,
     read_index,
     read_shard,
     require_absent,
@@ -32,11 +31,11 @@ from axrepro.data.parquet import Parquet
 from axrepro.data.record_files import shard_path
 from axrepro.data.records import BadRecord, Example, Faults, Records, Source, Transform, apply_transforms
 from axrepro.data.sources import Files, JsonLines, TextFiles
-from axrepro.data.vocabulary import Bytes, SentencePiece, Vocabulary
+from axrepro.data.vocabulary import Bytes, HuggingFace, SentencePiece, Vocabulary
 from axrepro.errors import UserError, nearest
 
 FORMATS = ("text", "jsonl", "parquet", "array_record", "example")
-_EXTENSIONS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet", SUFFIX: "array_record"}
+_EXTENSIONS = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", SUFFIX: "array_record"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,19 +83,17 @@ def convert(
       UserError: if the output is there and was made otherwise, or cannot be written.
       BadRecord: for one that cannot be read, transformed or written.
     """
-    indexed = isinstance(records, Records | Sequence)
     steps = (*transforms, *([] if vocabulary is None else [Tokenise(vocabulary=vocabulary, field=text_field)]))
     plan = {
         "input": made_from or type(records).__name__,
-        "records": len(records) if indexed else None,
+        "records": len(records) if isinstance(records, Records | Sequence) else None,
         "shards": shards,
         "transforms": [described(transform) for transform in transforms],
-        "vocabulary": vocabulary and [fingerprint(vocabulary), text_field],
+        "vocabulary": vocabulary and [vocabulary.fingerprint, vocabulary.size, text_field],
     }
     if (index := begin(output, plan)) is not None:
         return index
     faults, paths = Faults(max_bad_records), [shard_path(output, number, shards, SUFFIX) for number in range(shards)]
-
     fixed = np.random.default_rng(0)  # for tokenising alone, which draws nothing: a new generator takes 15 µs
 
     def put(writer: ArrayRecordWriter, number: int, read: Callable[[], Example]) -> None:
@@ -107,7 +104,10 @@ def convert(
         except BadRecord as error:
             faults.add(number, error)
 
-    written, read = (_in_order if indexed else _in_one_pass)(records, paths, put)
+    if isinstance(records, Records | Sequence):
+        written, read = _in_order(records, paths, put)
+    else:
+        written, read = _in_one_pass(records, paths, put)
     kept = sum(shard.records for shard in written)
     return finish(output, plan, written, vocabulary, {"read": read, "bad": read - kept, "written": kept})
 
@@ -228,9 +228,13 @@ def source_of(pattern: str, format: str | None = None) -> Source:
 
 
 def vocabulary_of(name: str) -> Vocabulary:
-    """`bytes`, or the path of a SentencePiece model."""
-    vocabulary = Bytes() if name == "bytes" else SentencePiece(name)
-    vocabulary.size  # noqa: B018  a wrong path shall be told first
+    """`bytes`, the path of a SentencePiece model, or what `HuggingFace` takes: a tokenizer.json, its folder, or hf://."""
+    vocabulary = SentencePiece(name)
+    if name == "bytes":
+        vocabulary = Bytes()
+    elif name.startswith("hf://") or name.endswith(".json") or Path(name).expanduser().is_dir():
+        vocabulary = HuggingFace(name)
+    vocabulary.fingerprint  # noqa: B018  a wrong path shall be told first
     return vocabulary
 
 
@@ -258,7 +262,11 @@ def _parser() -> Parser:
     parser.add_argument("--format", choices=FORMATS, help="the kind of the --input files, where names do not tell it")
     parser.add_argument("--output", metavar="PREFIX", required=True, help="writes PREFIX-00000-of-N... and PREFIX.json")
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="files to write; default: 1")
-    parser.add_argument("--vocabulary", metavar="bytes|PATH", help="tokenise: bytes, or a SentencePiece model")
+    parser.add_argument(
+        "--vocabulary",
+        metavar="bytes|PATH",
+        help="tokenise: bytes, a SentencePiece model, a tokenizer.json, or hf://OWNER/NAME",
+    )
     parser.add_argument("--text_field", default="text", metavar="NAME", help="what is tokenised; default: text")
     parser.add_argument("--max_bad_records", type=int, default=0, metavar="N", help="how many may be left out")
     return parser

@@ -35,7 +35,6 @@ from axrepro.data.array_record import (
     Index,
     Shard,
     array_record_writer,
-    fingerprint,
     read_shard,
     whole,
     write_json,
@@ -139,7 +138,7 @@ def preprocess(
         "threshold": threshold if scorer is not None else None,
         "dedupe": sorted(set(dedupe)),
         "minhash": described(near),
-        "vocabulary": vocabulary and fingerprint(vocabulary),
+        "vocabulary": vocabulary and [vocabulary.fingerprint, vocabulary.size],
         "text_field": text_field,
     }
     index = begin(output, plan)
@@ -169,7 +168,7 @@ def preprocess(
     counts, written = dict.fromkeys(STAGES, 0), []
     for number in every:
         made = json.loads(Path(job.path(f"write-{number:05d}.json")).read_text())
-        written.append(Shard(**{**made["shard"], "fields": {k: set(v) for k, v in made["shard"]["fields"].items()}}))
+        written.append(Shard.of(made["shard"]))
         for name, count in made["counts"].items():
             counts[name] += count
     if counts["read"] != sum(counts[name] for name in STAGES[1:]) or counts["read"] != len(records):
@@ -381,8 +380,7 @@ def _write(job: _Job, number: int) -> None:
     path = job.shard(number)
     shard = read_shard(path) if os.path.exists(path) else _write_shard(job, path, stay, bad)
     counts = (stop - start, bad + len(stay) - shard.records, filtered, len(gone[True]), len(near), shard.records)
-    fields = {name: sorted(kinds) for name, kinds in shard.fields.items()}
-    made = {"shard": {**vars(shard), "fields": fields}, "counts": dict(zip(STAGES, counts, strict=True))}
+    made = {"shard": shard.as_json(), "counts": dict(zip(STAGES, counts, strict=True))}
     write_json(job.path(f"write-{number:05d}.json"), made)
 
 
@@ -428,7 +426,11 @@ def _parser() -> Parser:
     parser.add_argument("--jaccard", type=float, default=MinHash.threshold, metavar="X", help="near from here on")
     parser.add_argument("--permutations", type=int, default=MinHash.permutations, metavar="N", help="of a signature")
     parser.add_argument("--shingle", type=int, default=MinHash.shingle, metavar="N", help="words of an n-gram")
-    parser.add_argument("--vocabulary", metavar="bytes|PATH", help="tokenise: bytes, or a SentencePiece model")
+    parser.add_argument(
+        "--vocabulary",
+        metavar="bytes|PATH",
+        help="tokenise: bytes, a SentencePiece model, a tokenizer.json, or hf://OWNER/NAME",
+    )
     parser.add_argument("--text_field", default="text", metavar="NAME", help="where the text is; default: text")
     parser.add_argument("--max_bad_records", type=int, default=0, metavar="N", help="how many may be left out")
     return parser

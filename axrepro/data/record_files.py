@@ -79,7 +79,7 @@ class FileRecords(Records):
         if self._takes_held:
             whole = int(self._held[index])
         else:
-            whole = index + (int(self._gaps.searchsorted(index, "right")) if len(self._gaps) else 0)
+            whole = int(index) + (int(self._gaps.searchsorted(index, "right")) if len(self._gaps) else 0)
         file = int(self._starts.searchsorted(whole, "right")) - 1
         return file, whole - int(self._starts[file])
 

@@ -3,16 +3,14 @@
 import gzip
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from axrepro.data import Bytes
+from axrepro.data import Bytes, JsonLines, Text
 from axrepro.data.array_record import ArrayRecords, write_shard
 from axrepro.data.convert import convert, main
 from axrepro.data.records import BadRecord, Records
@@ -120,30 +118,34 @@ def test_files_of_someone_else_are_not_taken_for_finished_shards(tmp_path):
         convert(RECORDS, f"{tmp_path}/a", shards=2)
 
 
-def command(*args) -> list[str]:
-    return [
-        sys.executable,
-        "-c",
-        "import sys; from axrepro.data.convert import main; sys.exit(main(sys.argv[1:]))",
-        *args,
-    ]
-
-
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS * 100))
-    flags = [f"--input={tmp_path}/in.jsonl", "--shards=8", "--vocabulary=bytes"]
-    subprocess.run(command(*flags, f"--output={tmp_path}/whole/a"), cwd=ROOT, check=True, capture_output=True)
-    for finished, delay in ((1, 0.0), (4, 0.02)):
-        process = subprocess.Popen(
-            command(*flags, f"--output={tmp_path}/killed/a"), cwd=ROOT, stdout=subprocess.DEVNULL
-        )
-        while len(list(tmp_path.glob("killed/*.array_record"))) < finished:
-            assert process.poll() is None
-            time.sleep(0.002)
-        time.sleep(delay)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    subprocess.run(command(*flags, f"--output={tmp_path}/killed/a"), cwd=ROOT, check=True, capture_output=True)
+    """In children of a process that has loaded everything: kill -9 after random times, and once at its end."""
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS * 20))
+    code = f"""
+import os, random, sys, time
+import array_record.python.array_record_module, msgpack
+from axrepro.data.convert import main
+flags = ["--input={tmp_path}/in.jsonl", "--shards=8", "--vocabulary=bytes"]
+def child(folder):
+    if pid := os.fork():
+        return pid
+    os._exit(main([*flags, f"--output={tmp_path}/{{folder}}/a"]))
+def ended(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+random.seed(0)
+started = time.monotonic()
+codes = [ended(child("whole"))]
+length = time.monotonic() - started
+for _ in range(6):
+    pid = child("killed")
+    time.sleep(random.uniform(0, 0.5 * length))
+    os.kill(pid, 9)
+    codes.append(ended(pid))
+print(codes[0], codes.count(-9), ended(child("killed")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    whole, kills, end = done.stdout.split()[-3:]
+    assert (whole, int(kills) > 2, end) == ("0", True, "0"), done.stdout + done.stderr
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
@@ -194,3 +196,14 @@ def test_the_source_of_an_experiment_is_converted(tmp_path, capsys):
     records = read(f"{tmp_path}/out", vocabulary=Bytes())
     assert len(records) > 10
     assert all(isinstance(record["tokens"], np.ndarray) for record in records)
+
+
+def test_converted_tokens_train_as_the_text_they_came_from(tmp_path):
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    assert main([f"--input={tmp_path}/in.jsonl", f"--output={tmp_path}/out", "--vocabulary=bytes", "--shards=3"]) == 0
+    sources = JsonLines(f"{tmp_path}/in.jsonl", holdout=0), ArrayRecords(f"{tmp_path}/out-*", holdout=0)
+    text, tokens = (Text(source=s, batch_size=2, sequence_length=16).open("train", seed=3) for s in sources)
+    assert len(text) == len(tokens)
+    rows = np.arange(2 * len(text) + 3)
+    for name, expected in text.rows(rows).items():
+        np.testing.assert_array_equal(tokens.rows(rows)[name], expected, err_msg=name)

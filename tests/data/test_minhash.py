@@ -12,7 +12,7 @@ import pytest
 from axrepro.data.minhash import MinHash, groups, normalised, shingles
 from axrepro.errors import UserError
 
-pytest.importorskip("datasketch", reason="needs the extra data")
+pytest.importorskip("datasketch", reason="needs the extra beam")
 
 RNG = np.random.default_rng(0)
 

@@ -20,7 +20,7 @@ from axrepro.data.records import BadRecord
 from axrepro.errors import UserError
 
 for name in ("array_record", "apache_beam", "datasketch"):
-    pytest.importorskip(name, reason="needs the extra data")
+    pytest.importorskip(name, reason="needs the extra beam")
 
 ROOT = Path(__file__).resolve().parents[2]
 RNG = np.random.default_rng(0)
