@@ -58,7 +58,7 @@ def write(folder: Path, texts: list[bytes]) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     from axrepro.data import Bytes
-    from axrepro.data.array_record import write_array_records
+    from axrepro.data.sources.array_record import write_array_records
 
     (folder / "text.txt").write_bytes(b"\0".join(texts))
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text.decode()}) + "\n" for text in texts))
@@ -153,9 +153,9 @@ def grain_itself(folder: Path) -> Iterator[int]:
 def axrepro_loaders(folder: Path) -> dict[str, Callable[[], Iterator[int]]]:
     """By name; each goes through an epoch and yields the tokens of each batch."""
     from axrepro.data import BestFit, Concatenate, FirstFit, JsonLines, Text, TextFiles
-    from axrepro.data.array_record import ArrayRecords
-    from axrepro.data.parquet import Parquet
-    from axrepro.data.tfds import Tfds
+    from axrepro.data.sources.array_record import ArrayRecords
+    from axrepro.data.sources.parquet import Parquet
+    from axrepro.data.sources.tfds import Tfds
 
     def epoch(source, packing) -> Iterator[int]:
         data = Text(batch_size=BATCH, sequence_length=LENGTH, source=source, packing=packing)
@@ -254,7 +254,7 @@ class _Small(Sequence):
 def memory(examples: int = 1_000_000) -> list[str]:
     """What a process holds while it goes through so many examples of each kind."""
     from axrepro.data import FirstFit, JsonLines, Text
-    from axrepro.data.array_record import ArrayRecords, write_array_records
+    from axrepro.data.sources.array_record import ArrayRecords, write_array_records
 
     lines = []
     with tempfile.TemporaryDirectory() as folder:

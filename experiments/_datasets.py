@@ -1,17 +1,30 @@
 """Data of other kinds than plain text, for `python -m axrepro.data --data=experiments._datasets:NAME` and for tests."""
 
 import zlib
+from typing import Any
 
-from axrepro.data import BestFit, Feature, FromFunction, JsonLines, Pipeline, Text
-from axrepro.data.audio import AudioFiles, CropOrPadAudio, DecodeAudio, LogMel
-from axrepro.data.formats import Template
-from axrepro.data.images import NormaliseImage, RandomCrop, Resize
+from axrepro.data import (
+    AudioFiles,
+    BestFit,
+    CropOrPadAudio,
+    DecodeAudio,
+    Feature,
+    FromFunction,
+    JsonLines,
+    LogMel,
+    NormaliseImage,
+    Pipeline,
+    RandomCrop,
+    Resize,
+    Template,
+    Text,
+)
 
 
 def _sklearn_digits(split: str) -> list[dict]:
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     pairs = enumerate(zip(digits.images, digits.target, strict=True))
     held_out = lambda i: zlib.crc32(str(i).encode()) % 5 == 0
     return [

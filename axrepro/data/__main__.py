@@ -56,7 +56,7 @@ def _run(argv: list[str]) -> int:
 
     from axrepro.core.config import override
     from axrepro.core.sharding import MeshShape, make_mesh
-    from axrepro.data.show import show, throughput
+    from axrepro.data.tools.show import show, throughput
 
     seed, data = _experiment(args.experiment) if args.data is None else (0, _function(args.data))
     data = override(data, overrides)
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv and argv[0] in COMMANDS:
-            module = importlib.import_module(f"axrepro.data.{argv[0].replace('-', '_')}")
+            module = importlib.import_module(f"axrepro.data.tools.{argv[0].replace('-', '_')}")
             return module.main(argv[1:])
         return _run(argv)
     except UserError as error:

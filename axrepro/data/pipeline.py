@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from axrepro.data.base import Data, Examples, Split
-from axrepro.data.pairs import PairTransform
 from axrepro.data.records import BadRecord, Example, Faults, Records, Source, Transform, apply_transforms
 from axrepro.data.shuffle import permutation
+from axrepro.data.transforms.pairs import PairTransform
 from axrepro.errors import UserError, nearest, require
 
 VALID = "valid"

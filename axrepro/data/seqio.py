@@ -391,6 +391,7 @@ def seqio_metrics(
         return [example.get(name, np.zeros(0, np.int32)) for _, example in dataset.as_numpy_iterator()]
 
     def predictions(dataset):
+        assert predict is not None  # checked above, by the kinds of metrics
         inputs = column(dataset, "inputs")
         answers = list(predict(inputs))
         if len(answers) != len(inputs):
@@ -405,13 +406,15 @@ def seqio_metrics(
         return list(enumerate(answers))
 
     def scores(dataset):
+        assert score is not None
         inputs, targets = column(dataset, "inputs"), column(dataset, "targets")
         values = np.asarray(score(inputs, targets), np.float64)
         if values.shape != (len(targets),):
             raise ValueError(f"score gave an array of shape {values.shape} for {len(targets)} examples")
         return list(enumerate(values))
 
-    found, _ = evaluator.evaluate(compute_metrics=True, model_fns={kinds.PREDICTION: predictions, kinds.SCORE: scores})
+    functions: dict[Any, Any] = {kinds.PREDICTION: predictions, kinds.SCORE: scores}
+    found, _ = evaluator.evaluate(compute_metrics=True, model_fns=functions)
     out = {}
     for name, metrics in found.result().items():
         for key, value in metrics.items():

@@ -2,7 +2,7 @@
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -81,7 +81,7 @@ class StreamBatches(Batches):
         self._per_shard = stream.batch_size // stream.shards
         self._next = 0  # rows handed out
         self._taken = 0  # rows taken of each open shard
-        self._open: dict[int, Iterator[dict[str, np.ndarray]]] = {}
+        self._open: dict[int, Generator[dict[str, np.ndarray], None, None]] = {}
 
     def _local(self) -> set[int]:
         """The shards that this process reads."""
@@ -90,7 +90,7 @@ class StreamBatches(Batches):
         ranges = local_rows(self._arrays, self._shardings)
         return {row // self._per_shard for start, stop in ranges for row in range(start, stop)}
 
-    def _rows(self, shard: int) -> Iterator[dict[str, np.ndarray]]:
+    def _rows(self, shard: int) -> Generator[dict[str, np.ndarray], None, None]:
         """A shard, epoch after epoch."""
         for epoch in itertools.count() if self._split == "train" else (0,):
             empty = True
@@ -170,5 +170,5 @@ class StreamBatches(Batches):
 
     def close(self) -> None:
         for rows in self._open.values():
-            rows.close()
+            rows.close()  # it may hold files
         self._open, self._taken = {}, 0

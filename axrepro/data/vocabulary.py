@@ -107,7 +107,7 @@ def _read(path: str | Path, what: str) -> bytes:
 
 
 @lru_cache(maxsize=8)
-def _processor(path: str):
+def _processor(path: str) -> tuple[Any, str]:
     """The SentencePiece model of a file, and the digest of the file."""
     try:
         import sentencepiece
@@ -117,7 +117,8 @@ def _processor(path: str):
         ) from None
     content = _read(path, "SentencePiece model")
     try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        make: Any = sentencepiece.SentencePieceProcessor  # whose type some versions do not tell
+        processor = make(model_proto=content)
         size = processor.vocab_size()
     except (RuntimeError, OSError) as error:
         raise UserError(f"{path} is no SentencePiece model ({error})") from None

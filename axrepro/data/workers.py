@@ -3,7 +3,7 @@
 import json
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 from absl import flags
@@ -93,8 +93,10 @@ class Workers:
             ) from None
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, and absl may not run this program
-        elements = grain.MapDataset.source(_Elements(self._cursor, self._ranges))
-        read = elements.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+        elements: Any = _Elements(self._cursor, self._ranges)
+        read = grain.MapDataset.source(elements).to_iter_dataset(
+            grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+        )
         return iter(read.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._number, per_worker_buffer_size=2)))
 
     def close(self) -> None:

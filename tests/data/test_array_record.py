@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from axrepro.data import Bytes
-from axrepro.data.array_record import (
+from axrepro.data.records import BadRecord
+from axrepro.data.sources.array_record import (
     ArrayRecords,
     decode,
     decode_example,
@@ -21,7 +22,6 @@ from axrepro.data.array_record import (
     write_array_records,
     write_shard,
 )
-from axrepro.data.records import BadRecord
 from axrepro.errors import UserError
 
 pytest.importorskip("array_record", reason="needs the extra data")
@@ -161,7 +161,7 @@ def test_threads_and_pickled_copies_see_the_same_records(written):
 
 
 def test_more_files_than_may_be_open_are_read(written, monkeypatch):
-    monkeypatch.setattr("axrepro.data.array_record._most_open", lambda: 2)
+    monkeypatch.setattr("axrepro.data.sources.array_record._most_open", lambda: 2)
     records = ArrayRecords(f"{written}/all-*", holdout=0).open("train")
     for index in (0, 100, 200, 300, 1, 101, 201, 301):
         assert same(records[index], RECORDS[index])
@@ -285,7 +285,7 @@ def test_nothing_is_overwritten_and_a_failed_write_leaves_nothing(tmp_path):
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
     code = (
         "import os, resource, signal, sys\n"
-        "from axrepro.data.array_record import write_shard\n"
+        "from axrepro.data.sources.array_record import write_shard\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "write_shard(sys.argv[1], ({'a': os.urandom(1000)} for _ in range(1000)))\n"
@@ -350,7 +350,7 @@ def test_foreign_records_are_bytes_or_tensorflow_examples(tmp_path):
 def test_neither_tensorflow_nor_grain_is_imported(written):
     code = (
         "import sys\n"
-        "from axrepro.data.array_record import ArrayRecords, _example_type\n"
+        "from axrepro.data.sources.array_record import ArrayRecords, _example_type\n"
         "_example_type()\n"
         "next(iter(ArrayRecords(sys.argv[1]).open('train')))\n"
         "print([name for name in ('tensorflow', 'grain') if name in sys.modules])\n"

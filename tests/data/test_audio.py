@@ -15,16 +15,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from axrepro.core import UserError
-from axrepro.data.audio import (
-    AddNoise,
-    AudioFiles,
-    CropOrPadAudio,
-    DecodeAudio,
-    LogMel,
-    NormaliseFeatures,
-    SpecAugment,
-)
 from axrepro.data.records import BadRecord
+from axrepro.data.sources.audio import AudioFiles
+from axrepro.data.transforms.audio import AddNoise, CropOrPadAudio, DecodeAudio, LogMel, NormaliseFeatures, SpecAugment
 
 SHARED = Path(os.environ.get("AXREPRO_DATA", Path(__file__).resolve().parents[2].parent / "shared/data"))
 DIGITS = SHARED / "spoken_digits/recordings.tar.xz"

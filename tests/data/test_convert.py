@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from axrepro.data import Bytes, JsonLines, Text
-from axrepro.data.array_record import ArrayRecords, write_shard
-from axrepro.data.convert import convert, main
 from axrepro.data.records import BadRecord, Records
+from axrepro.data.sources.array_record import ArrayRecords, write_shard
+from axrepro.data.tools.convert import convert, main
 from axrepro.errors import UserError
 
 pytest.importorskip("array_record", reason="needs the extra data")
@@ -124,7 +124,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
     code = f"""
 import os, random, sys, time
 import array_record.python.array_record_module, msgpack
-from axrepro.data.convert import main
+from axrepro.data.tools.convert import main
 flags = ["--input={tmp_path}/in.jsonl", "--shards=8", "--vocabulary=bytes"]
 def child(folder):
     if pid := os.fork():

@@ -11,7 +11,7 @@ from scipy import stats
 
 from axrepro.core import UserError
 from axrepro.data import Bytes, JsonLines, Text
-from axrepro.data.denoising import FillInTheMiddle, PrefixLM, SpanCorruption, _cut, _share
+from axrepro.data.transforms.denoising import FillInTheMiddle, PrefixLM, SpanCorruption, _cut, _share
 
 VOCABULARY = Bytes(extra_ids=100)
 TOP, END, PAD = VOCABULARY.size - 1, VOCABULARY.eos_id, VOCABULARY.pad_id

@@ -9,7 +9,7 @@ import pytest
 
 from axrepro.core import UserError
 from axrepro.data import Bytes, JsonLines, Text
-from axrepro.data.formats import _FORMATS, Chat, Template
+from axrepro.data.transforms.formats import _FORMATS, Chat, Template
 
 DATA = os.environ.get("AXREPRO_DATA", Path(__file__).resolve().parents[2].parent / "shared/data")
 GSM8K = Path(DATA, "gsm8k/train.jsonl")

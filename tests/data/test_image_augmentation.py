@@ -9,8 +9,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 
 from axrepro.core import UserError
-from axrepro.data.fields import OneHot
-from axrepro.data.image_augmentation import (
+from axrepro.data.transforms.fields import OneHot
+from axrepro.data.transforms.image_augmentation import (
     OPERATIONS,
     ColourJitter,
     GaussianBlur,
@@ -19,7 +19,7 @@ from axrepro.data.image_augmentation import (
     RandAugment,
     Solarise,
 )
-from axrepro.data.images import (
+from axrepro.data.transforms.images import (
     CentreCrop,
     FlipHorizontal,
     NormaliseImage,
@@ -29,7 +29,7 @@ from axrepro.data.images import (
     as_picture,
     as_pixels,
 )
-from axrepro.data.pairs import Mixup
+from axrepro.data.transforms.pairs import Mixup
 
 
 def generator(*seed):

@@ -12,18 +12,17 @@ from scipy import stats
 
 from axrepro.core import UserError
 from axrepro.core.config import override
-from axrepro.data.images import (
-    CaptionedImages,
+from axrepro.data.records import BadRecord
+from axrepro.data.sources.images import CaptionedImages, ImageFolders
+from axrepro.data.transforms.images import (
     CentreCrop,
     DecodeImage,
     FlipHorizontal,
-    ImageFolders,
     NormaliseImage,
     RandomCrop,
     RandomResizedCrop,
     Resize,
 )
-from axrepro.data.records import BadRecord
 
 
 def generator(seed=0):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from axrepro.data.minhash import MinHash, groups, normalised, shingles
+from axrepro.data.tools.minhash import MinHash, groups, normalised, shingles
 from axrepro.errors import UserError
 
 pytest.importorskip("datasketch", reason="needs the extra beam")

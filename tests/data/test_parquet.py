@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from axrepro.data.parquet import Parquet
 from axrepro.data.records import BadRecord
+from axrepro.data.sources.parquet import Parquet
 from axrepro.errors import UserError
 
 pa = pytest.importorskip("pyarrow", reason="needs the extra data")

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from axrepro.core import UserError
-from axrepro.data.audio import LogMel
-from axrepro.data.images import NormaliseImage
-from axrepro.data.pictures import audio_sheet, image_sheet
+from axrepro.data.tools.pictures import audio_sheet, image_sheet
+from axrepro.data.transforms.audio import LogMel
+from axrepro.data.transforms.images import NormaliseImage
 
 COLOURS = np.array([[200, 30, 30], [30, 160, 60], [20, 40, 220]], np.uint8)
 MEL = LogMel(rate=8000, num_mels=20, window_size=200, hop=80)

@@ -13,10 +13,10 @@ import pytest
 
 from axrepro.data import Bytes
 from axrepro.data import preprocess as module
-from axrepro.data.array_record import ArrayRecords
-from axrepro.data.minhash import MinHash, normalised, shingles
-from axrepro.data.preprocess import main, preprocess
 from axrepro.data.records import BadRecord
+from axrepro.data.sources.array_record import ArrayRecords
+from axrepro.data.tools.minhash import MinHash, normalised, shingles
+from axrepro.data.tools.preprocess import main, preprocess
 from axrepro.errors import UserError
 
 for name in ("array_record", "apache_beam", "datasketch"):
@@ -217,7 +217,7 @@ def test_it_is_killed_at_random_and_goes_on_to_the_same_bytes(made, source, tmp_
     code = f"""
 import os, random, sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-import apache_beam, datasketch, array_record.python.array_record_module, axrepro.data.preprocess
+import apache_beam, datasketch, array_record.python.array_record_module, axrepro.data.tools.preprocess
 from test_preprocess import arguments, preprocess
 random.seed(0)
 def child():

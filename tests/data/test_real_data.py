@@ -10,7 +10,7 @@ import pytest
 
 from axrepro.core import MeshShape, make_mesh
 from axrepro.data import BestFit, Bytes, JsonLines, Mixture, Part, Text, TextFiles
-from axrepro.data.formats import Template
+from axrepro.data.transforms.formats import Template
 
 DATA = Path(os.environ.get("AXREPRO_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 

@@ -15,7 +15,7 @@ from axrepro.core import Context, MeshShape, UserError, make_mesh
 from axrepro.core.param import init_params
 from axrepro.data import Bytes, SentencePiece
 from axrepro.data.seqio import SeqIO, SeqIOVocabulary, seqio_metrics
-from axrepro.data.tfds import Tfds
+from axrepro.data.sources.tfds import Tfds
 from axrepro.decode.sample import sample
 from axrepro.models.causal_lm import llama
 

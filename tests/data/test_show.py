@@ -20,8 +20,8 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         """
 from axrepro.data import *
-from axrepro.data.denoising import SpanCorruption
-from axrepro.data.formats import Template
+from axrepro.data.transforms.denoising import SpanCorruption
+from axrepro.data.transforms.formats import Template
 
 def sums():
     return Text(

@@ -10,7 +10,8 @@ import zstandard
 
 from axrepro.core import UserError
 from axrepro.core.config import override
-from axrepro.data import BadRecord, JsonLines, PythonStdlib, TextFiles, sources
+from axrepro.data import BadRecord, JsonLines, PythonStdlib, TextFiles
+from axrepro.data.sources import files
 
 
 def contents(source, split):
@@ -174,7 +175,7 @@ def test_a_file_that_shrinks_under_its_records_is_named(tmp_path):
 
 
 def test_files_beyond_the_limit_of_open_ones_are_read_all_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_OPEN_FILES", 2)
+    monkeypatch.setattr(files, "_OPEN_FILES", 2)
     for i in range(5):
         write(tmp_path, f"{i}.jsonl", b'{"id": %d}\n' % i)
     records = JsonLines(f"{tmp_path}/*.jsonl", holdout=0).open("train")

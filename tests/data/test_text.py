@@ -27,7 +27,7 @@ from axrepro.data import (
     TextFiles,
     permutation,
 )
-from axrepro.data.denoising import SpanCorruption
+from axrepro.data.transforms.denoising import SpanCorruption
 
 texts = st.lists(st.one_of(st.binary(max_size=4), st.binary(max_size=60)), min_size=1, max_size=12)
 
@@ -360,5 +360,5 @@ def test_transforms_of_records_draw_once_and_of_rows_in_every_epoch():
 
 
 def test_a_transform_with_another_vocabulary_is_refused():
-    with pytest.raises(UserError, match=r"Text\.vocabulary=.*the vocabulary of its SpanCorruption, Bytes\(extra_ids=9\)"):
+    with pytest.raises(UserError, match=r"Text\.vocabulary=.*its SpanCorruption, Bytes\(extra_ids=9\)"):
         text_of(_Given([{"text": "a"}]), row_transforms=(SpanCorruption(vocabulary=Bytes(extra_ids=9)),))

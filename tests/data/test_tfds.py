@@ -16,7 +16,7 @@ from PIL import Image
 
 from axrepro.core import UserError
 from axrepro.data.records import BadRecord
-from axrepro.data.tfds import Tfds
+from axrepro.data.sources.tfds import Tfds
 
 pytestmark = pytest.mark.xdist_group("tensorflow")  # its import takes seconds
 FORMATS = ("tfrecord", "array_record")
@@ -189,7 +189,7 @@ def test_the_directory_of_a_version_stands_for_the_name(prepared):
 def test_tfrecords_are_read_without_tensorflow(prepared):
     code = f"""
 import sys
-from axrepro.data.tfds import Tfds
+from axrepro.data.sources.tfds import Tfds
 records = Tfds(name="pictures", data_dir={prepared["tfrecord"]!r}).open("train")
 print(len(records), records[3]["label"] in (0, 1, 2), "tensorflow" in sys.modules)
 """

@@ -15,8 +15,8 @@ from scipy import stats
 
 from axrepro.core import UserError
 from axrepro.data import Vocabulary
-from axrepro.data.denoising import SpanCorruption
-from axrepro.data.train_vocab import _samples, main, train_vocab
+from axrepro.data.tools.train_vocab import _samples, main, train_vocab
+from axrepro.data.transforms.denoising import SpanCorruption
 
 DATA = os.environ.get("AXREPRO_DATA", Path(__file__).resolve().parents[2].parent / "shared/data")
 GSM8K = Path(DATA, "gsm8k/train.jsonl")

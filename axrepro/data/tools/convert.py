@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from axrepro.data.array_record import (
+from axrepro.data.base import Split
+from axrepro.data.records import BadRecord, Example, Faults, Records, Source, Transform, apply_transforms
+from axrepro.data.sources.array_record import (
     SUFFIX,
     ArrayRecords,
     ArrayRecordWriter,
@@ -26,11 +28,9 @@ from axrepro.data.array_record import (
     write_index,
     write_json,
 )
-from axrepro.data.base import Split
-from axrepro.data.parquet import Parquet
-from axrepro.data.record_files import shard_path
-from axrepro.data.records import BadRecord, Example, Faults, Records, Source, Transform, apply_transforms
-from axrepro.data.sources import Files, JsonLines, TextFiles
+from axrepro.data.sources.files import Files, JsonLines, TextFiles
+from axrepro.data.sources.parquet import Parquet
+from axrepro.data.sources.record_files import shard_path
 from axrepro.data.vocabulary import Bytes, HuggingFace, SentencePiece, Vocabulary
 from axrepro.errors import UserError, nearest
 

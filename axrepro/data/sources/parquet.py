@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from axrepro.data.base import Split
-from axrepro.data.record_files import FileRecords, RecordFiles
 from axrepro.data.records import BadRecord, Example
+from axrepro.data.sources.record_files import FileRecords, RecordFiles
 from axrepro.errors import UserError, nearest, require
 
 _GROUPS = 2  # decoded row groups that a thread keeps: one to read from, one to find the next record of a mixture in

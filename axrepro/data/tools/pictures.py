@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from axrepro.data.audio import DecodeAudio, LogMel
-from axrepro.data.fields import take
-from axrepro.data.images import DecodeImage, NormaliseImage
 from axrepro.data.records import Example
+from axrepro.data.transforms.audio import DecodeAudio, LogMel
+from axrepro.data.transforms.fields import take
+from axrepro.data.transforms.images import DecodeImage, NormaliseImage
 from axrepro.errors import UserError
 
 

@@ -6,12 +6,12 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from axrepro.data.records import Example
-from axrepro.data.sources import JsonLines, TextFiles, held_out
+from axrepro.data.sources.files import JsonLines, TextFiles, held_out
 from axrepro.data.vocabulary import HuggingFace, SentencePiece, Vocabulary
 from axrepro.errors import UserError, nearest
 
@@ -136,8 +136,9 @@ def _sentencepiece(sentences: list[str], size: int, extra_ids: int, kind: str) -
             "training this vocabulary needs the package sentencepiece, which is missing: pip install axrepro[text]"
         ) from None
     model = io.BytesIO()
+    trainer: Any = sentencepiece.SentencePieceTrainer  # whose type some versions do not tell
     try:
-        sentencepiece.SentencePieceTrainer.train(
+        trainer.train(
             sentence_iterator=(sentence.rstrip("\n") for sentence in sentences),
             model_writer=model,
             model_type=kind.removeprefix("sentencepiece-"),

@@ -30,7 +30,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from axrepro.data.array_record import (
+from axrepro.data.records import BadRecord, Example, Faults, Records, Source, apply_transforms
+from axrepro.data.sources.array_record import (
     SUFFIX,
     Index,
     Shard,
@@ -39,10 +40,19 @@ from axrepro.data.array_record import (
     whole,
     write_json,
 )
-from axrepro.data.convert import FORMATS, Parser, Tokenise, begin, described, finish, source_of, states, vocabulary_of
-from axrepro.data.minhash import MinHash, groups, normalised
-from axrepro.data.record_files import shard_path
-from axrepro.data.records import BadRecord, Example, Faults, Records, Source, apply_transforms
+from axrepro.data.sources.record_files import shard_path
+from axrepro.data.tools.convert import (
+    FORMATS,
+    Parser,
+    Tokenise,
+    begin,
+    described,
+    finish,
+    source_of,
+    states,
+    vocabulary_of,
+)
+from axrepro.data.tools.minhash import MinHash, groups, normalised
 from axrepro.data.vocabulary import Vocabulary
 from axrepro.errors import UserError, is_number, nearest
 

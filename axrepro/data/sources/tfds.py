@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -129,7 +129,9 @@ def _line(error: BaseException) -> str:
 def _stored():
     """A decoder that does not decode, neither one value nor a sequence of them."""
 
-    class Stored(_library().decode.SkipDecoding):
+    base: Any = _library().decode.SkipDecoding
+
+    class Stored(base):
         def decode_batch_example_np(self, values):
             return values
 
@@ -192,7 +194,7 @@ class TfdsRecords(Records):
         return {name: value for name, value in vars(self).items() if name not in ("_builder", "_decode", "_source")}
 
     @cached_property
-    def _builder(self):
+    def _builder(self) -> Any:
         return _library().builder_from_directory(self._directory)
 
     @cached_property
@@ -202,7 +204,7 @@ class TfdsRecords(Records):
         return partial(features.deserialize_example_np, decoders=_encoded(features, self._decoded) or None)
 
     @cached_property
-    def _source(self):
+    def _source(self) -> Any:
         """ArrayRecord files, decoded."""
         features = self._builder.info.features
         return self._builder.as_data_source(self._split, decoders=_encoded(features, self._decoded) or None)
@@ -266,7 +268,7 @@ def _index(file) -> np.ndarray:
     return np.array(starts[file.skip :], np.int64)
 
 
-def _open(path: str) -> BinaryIO:
+def _open(path: str) -> IO[bytes]:
     """A file for reading, on a disk or in a bucket."""
     if "://" not in path:
         return open(path, "rb")

@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from axrepro.data.fields import FieldTransform, take
-from axrepro.data.images import (
+from axrepro.data.records import Example, Transform
+from axrepro.data.transforms.fields import FieldTransform, take
+from axrepro.data.transforms.images import (
     FlipHorizontal,
     NormaliseImage,
     RandomResizedCrop,
@@ -14,7 +15,6 @@ from axrepro.data.images import (
     as_pixels,
     require_probability,
 )
-from axrepro.data.records import Example, Transform
 from axrepro.errors import is_number, require, require_choice, require_not_negative
 
 

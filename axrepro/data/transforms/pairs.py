@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from axrepro.data.fields import take
 from axrepro.data.records import Example
+from axrepro.data.transforms.fields import take
 from axrepro.errors import is_number, require, require_positive
 
 

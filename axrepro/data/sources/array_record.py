@@ -23,8 +23,8 @@ import numpy as np
 
 import axrepro
 from axrepro.data.base import Split
-from axrepro.data.record_files import FileRecords, RecordFiles, shard_of, shard_path
 from axrepro.data.records import BadRecord, Example, Records
+from axrepro.data.sources.record_files import FileRecords, RecordFiles, shard_of, shard_path
 from axrepro.data.vocabulary import Vocabulary
 from axrepro.errors import UserError, require, require_choice
 

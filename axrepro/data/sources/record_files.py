@@ -12,7 +12,7 @@ import numpy as np
 from axrepro.data.base import Split
 from axrepro.data.records import Example, Records
 from axrepro.data.shuffle import _mix
-from axrepro.data.sources import Files
+from axrepro.data.sources.files import Files
 from axrepro.errors import UserError
 
 _SHARD = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5,})-of-(?P<count>\d{5,})(?P<suffix>\.\w+)?")

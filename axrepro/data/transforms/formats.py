@@ -150,11 +150,14 @@ def _compiled(template: str):
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = refuse
+    known: dict[str, Any] = environment.globals
+    known["raise_exception"] = refuse
     try:
         return environment.from_string(template)
     except TemplateError as error:
-        raise UserError(f"Chat.template is no template of jinja2 (line {error.lineno}: {error.message})") from None
+        raise UserError(
+            f"Chat.template is no template of jinja2 (line {getattr(error, 'lineno', '?')}: {error.message})"
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,9 +106,9 @@ def _summary(value: np.ndarray) -> str:
 
 
 def _pictures(data: Data, rows: list[dict[str, np.ndarray]], folder: Path) -> Iterator[str]:
-    from axrepro.data.audio import DecodeAudio, LogMel
-    from axrepro.data.images import NormaliseImage
-    from axrepro.data.pictures import audio_sheet, image_sheet
+    from axrepro.data.tools.pictures import audio_sheet, image_sheet
+    from axrepro.data.transforms.audio import DecodeAudio, LogMel
+    from axrepro.data.transforms.images import NormaliseImage
 
     def find(kind) -> Any:
         return next((t for t in getattr(data, "transforms", ()) if isinstance(t, kind)), None)

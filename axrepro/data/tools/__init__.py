@@ -1,0 +1,1 @@
+"""The commands of `python -m axrepro.data`, and what they draw and write."""

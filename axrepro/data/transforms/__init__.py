@@ -1,0 +1,1 @@
+"""What is made of records: text, tokens, pictures and sound."""
