@@ -76,6 +76,25 @@ def write(folder: Path, texts: list[bytes]) -> None:
             records.write(tf.train.Example(features=tf.train.Features(feature={"targets": value})).SerializeToString())
 
 
+def write_tfds(folder: Path, texts: list[bytes]) -> None:
+    import tensorflow_datasets as tfds
+
+    class BenchmarkText(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, manager):
+            return {"train": ((i, {"text": text}) for i, text in enumerate(texts))}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    BenchmarkText(data_dir=str(folder)).download_and_prepare()
+
+
 def register(folder: Path) -> None:
     import seqio
 
@@ -136,6 +155,7 @@ def axrepro_loaders(folder: Path) -> dict[str, Callable[[], Iterator[int]]]:
     from axrepro.data import BestFit, Concatenate, FirstFit, JsonLines, Text, TextFiles
     from axrepro.data.array_record import ArrayRecords
     from axrepro.data.parquet import Parquet
+    from axrepro.data.tfds import Tfds
 
     def epoch(source, packing) -> Iterator[int]:
         data = Text(batch_size=BATCH, sequence_length=LENGTH, source=source, packing=packing)
@@ -150,6 +170,7 @@ def axrepro_loaders(folder: Path) -> dict[str, Callable[[], Iterator[int]]]:
         "Parquet": Parquet(str(folder / "text.parquet"), holdout=0),
         "ArrayRecord of text": ArrayRecords(str(folder / "text-*.array_record"), holdout=0),
         "ArrayRecord of tokens": ArrayRecords(str(folder / "tokens-*.array_record"), holdout=0),
+        "TFDS (TFRecord)": Tfds(name="benchmark_text", data_dir=str(folder), eval_split=None),
     }
     loaders = {f"{name}, first fit": (lambda s=source: epoch(s, FirstFit())) for name, source in sources.items()}
     loaders["JSON lines, best fit"] = lambda: epoch(sources["JSON lines"], BestFit())
@@ -179,6 +200,7 @@ def compare(folder: Path, megabytes: float, rounds: int) -> list[str]:
     """The table."""
     texts = pieces(megabytes)
     write(folder, texts)
+    write_tfds(folder, texts)
     register(folder)
     loaders = {"SeqIO": seqio_itself, "Grain": lambda: grain_itself(folder), **axrepro_loaders(folder)}
     seen: dict[str, int] = {}

@@ -91,7 +91,8 @@ print(code, {HEAVY}, peak < 1e9)
 def test_sources_that_need_tensorflow_import_nothing_of_it_before_they_are_opened():
     code = f"""
 import sys
-from axrepro.data import SeqIO, SeqIOVocabulary, Tfds
+from axrepro.data.seqio import SeqIO, SeqIOVocabulary
+from axrepro.data.tfds import Tfds
 Tfds(name="any")
 SeqIO(batch_size=8, task="any", task_feature_lengths=(("targets", 8),))
 SeqIOVocabulary("any")

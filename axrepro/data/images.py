@@ -419,7 +419,7 @@ class DecodeImage(FieldTransform):
             drafted = picture.draft(mode, needed[::-1] if turn in _SIDEWAYS else needed)
             if drafted is not None:  # its box is the whole picture in the new pixels, of which the last may be cut
                 shrunk = drafted[1][2] / (height if turn in _SIDEWAYS else width)
-                plan = Plan(tuple(shrunk * edge for edge in box), (h, w))
+                plan = Plan((shrunk * box[0], shrunk * box[1], shrunk * box[2], shrunk * box[3]), (h, w))
         return as_pixels(self.crop.resample(_loaded(picture, mode, turn), plan))
 
 
@@ -444,7 +444,7 @@ def _opened(data: bytes):
         raise ValueError("the picture is empty (0 bytes)")
     try:
         picture = Image.open(io.BytesIO(data))
-        return picture, _TURNS.get(picture.getexif().get(_ORIENTATION))
+        return picture, _TURNS.get(picture.getexif().get(_ORIENTATION, 1))
     except Image.UnidentifiedImageError:
         raise ValueError(f"these bytes are no picture that Pillow knows; they begin {data[:16]!r}") from None
     except Exception as error:  # Pillow's decoders raise many kinds of errors for damaged files
@@ -576,7 +576,7 @@ class NormaliseImage(FieldTransform):
 
     def invert(self, image: np.ndarray) -> np.ndarray:
         """The picture in [0, 1] that became `image`: to look at."""
-        return np.clip(image * np.float32(self.std) + np.float32(self.mean), 0, 1)
+        return np.clip(image * np.array(self.std, np.float32) + np.array(self.mean, np.float32), 0, 1)
 
     def _row(self, width: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
         """Factor and summand along a whole row of pixels: arithmetic along 3 channels would be many times slower."""
@@ -584,4 +584,5 @@ class NormaliseImage(FieldTransform):
             raise ValueError(f"NormaliseImage has {len(self.mean)} means, and the picture {channels} channel(s)")
         std = np.resize(np.array(self.std, np.float64), channels)
         mean = np.resize(np.array(self.mean, np.float64), channels)
-        return tuple(np.tile(row.astype(np.float32), width) for row in (1 / (255 * std), -mean / std))
+        scale, shift = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+        return np.tile(scale, width), np.tile(shift, width)

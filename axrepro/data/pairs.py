@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from axrepro.data.fields import take
 from axrepro.data.records import Example
 from axrepro.errors import is_number, require, require_positive
 
@@ -56,17 +57,21 @@ class Mixup(PairTransform):
         return {**example, **{name: self._mixed(name, example, other, weight) for name in self.fields}}
 
     def _mixed(self, name: str, example: Example, other: Example, weight: np.float32) -> np.ndarray:
-        first, second = example.get(name), other.get(name)
-        for value in (first, second):
-            if not isinstance(value, np.ndarray) or not np.issubdtype(value.dtype, np.floating):
-                held = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
-                raise ValueError(
-                    f"Mixup needs float arrays, and the field {name!r} is {held}; "
-                    "put NormaliseImage (of images) and OneHot (of labels) before it"
-                )
+        first, second = _floats(example, name), _floats(other, name)
         if first.shape != second.shape:
             raise ValueError(f"Mixup needs equal shapes, and the field {name!r} has {first.shape} and {second.shape}")
         mixed = first - second
         mixed *= weight
         mixed += second
         return mixed
+
+
+def _floats(example: Example, name: str) -> np.ndarray:
+    value = take(example, name)
+    if not isinstance(value, np.ndarray) or not np.issubdtype(value.dtype, np.floating):
+        held = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
+        raise ValueError(
+            f"Mixup needs float arrays, and the field {name!r} is {held}; "
+            "put NormaliseImage (of images) and OneHot (of labels) before it"
+        )
+    return value

@@ -106,7 +106,7 @@ def _summary(value: np.ndarray) -> str:
 
 
 def _pictures(data: Data, rows: list[dict[str, np.ndarray]], folder: Path) -> Iterator[str]:
-    from axrepro.data.audio import LogMel
+    from axrepro.data.audio import DecodeAudio, LogMel
     from axrepro.data.images import NormaliseImage
     from axrepro.data.pictures import audio_sheet, image_sheet
 
@@ -125,7 +125,8 @@ def _pictures(data: Data, rows: list[dict[str, np.ndarray]], folder: Path) -> It
             if "tokens" in rows[0]:
                 continue
             folder.mkdir(parents=True, exist_ok=True)
-            audio_sheet(rows, path, mel=find(LogMel) or LogMel(), field=name)
+            rate = getattr(find(DecodeAudio), "rate", 16000)
+            audio_sheet(rows, path, mel=find(LogMel) or LogMel(rate=rate), field=name)
         else:
             continue
         yield f"{name}: {path}"

@@ -28,7 +28,7 @@ _SCAN = 1 << 24  # bytes looked through at once
 
 def held_out(key: str, holdout: int) -> bool:
     """Whether the record with this key, which names no folder of one machine, is in the eval split."""
-    return bool(holdout) and zlib.crc32(key.encode()) % holdout == 0
+    return bool(holdout) and zlib.crc32(key.encode(errors="surrogateescape")) % holdout == 0
 
 
 def check_split(counts: dict[Split, int], split: Split, holdout: int, what: str, remedy: str) -> None:

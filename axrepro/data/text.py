@@ -314,6 +314,10 @@ class Text(Data):
         super().__post_init__()
         require_sizes(self, "sequence_length")
         require(self, "max_bad_records", self.max_bad_records >= 0, "a whole number, 0 or above")
+        for transform in (*self.transforms, *self.row_transforms):
+            other = getattr(transform, "vocabulary", self.vocabulary)
+            same = other == self.vocabulary
+            require(self, "vocabulary", same, f"the vocabulary of its {type(transform).__name__}, {other!r}")
 
     def open(self, split: Split, seed: int) -> Examples:
         # the first batches of the eval split should be a fair sample of it, and the same whatever the seed of the run

@@ -152,6 +152,7 @@ def _sentencepiece(sentences: list[str], size: int, extra_ids: int, kind: str) -
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,  # an indentation is a token, and not as many as it has spaces
             num_threads=4,  # sums are ordered by thread, so the same number everywhere
             minloglevel=2,
         )

@@ -19,8 +19,8 @@ from axrepro.models.causal_lm import CausalLM
 class LanguageModel(Method):
     """Cross entropy of the next token, averaged over all tokens that are not padding.
 
-    A batch holds int32[B, T] "tokens" and "targets", and may hold "segment_ids" (0 = padding), "positions", and a float
-    "loss_mask" (weight of each target).
+    A batch holds int32[B, T] "tokens" and "targets", and may hold "segment_ids" (0 = padding), "positions", a float
+    "loss_mask" (weight of each target), and a bool "prefix" (inputs that earlier ones of their segment see, too).
 
     Attributes:
       z_weight: of the mean squared log-partition of the output softmax (PaLM, arXiv:2204.02311, Sec. 5).
@@ -56,7 +56,7 @@ class LanguageModel(Method):
         }
 
     def _scores(self, params, batch, ctx):
-        ctx = ctx.replace(segment_ids=batch.get("segment_ids"), positions=batch.get("positions"))
+        ctx = ctx.replace(**{name: batch.get(name) for name in ("segment_ids", "positions", "prefix")})
         hidden, aux = self.model.apply(params, batch["tokens"], ctx)
         head = lambda h: self.model.logits(params, h, ctx)
         scores = chunked_cross_entropy(head, hidden, batch["targets"], self.chunk, ctx.shards("seq"))

@@ -200,6 +200,14 @@ def test_a_row_of_several_documents_uses_all_of_them_and_fills_its_arrays():
     assert 26 <= spans <= 28
 
 
+@pytest.mark.parametrize(("density", "span"), [(0.15, 3.0), (0.5, 3.0), (0.7, 5.0), (0.9, 20.0)])
+def test_full_rows_of_many_documents_fit_at_any_density(density, span):
+    for count in (2, 5, 9):
+        texts = documents([63] * count)
+        out = corrupt(pack(texts, 64 * count), noise_density=density, mean_span_length=span)
+        assert [restore(*pair)[0] for pair in pairs(out)] == [text.tolist() for text in texts]
+
+
 def test_documents_too_short_for_an_end_each_lose_the_shortest_or_go_together():
     texts = documents([13] * 40)
     row = pack(texts, 568)

@@ -52,6 +52,9 @@ def seeded_noise(example, seed):
     drawn = tf.random.stateless_uniform([4], seed, 3, 200, tf.int32)
     return {"targets": tf.concat([example["targets"], drawn], 0)}
 
+def fixed(dataset):
+    return dataset.map(lambda line: {"targets": tf.ones([4], tf.int32), "line": line})
+
 def accuracy(targets, predictions):
     return {"accuracy": float(np.mean([t == p for t, p in zip(targets, predictions)]))}
 
@@ -83,6 +86,7 @@ add("pairs", LINES, PAIR, *TOKENS, *END)
 add("lines", LINES, TARGETS, *TOKENS, *END)
 add("noisy", LINES, NO_END, *TOKENS, noise)
 add("seeded", LINES, NO_END, *TOKENS, seeded_noise)
+add("fixed", LINES, TARGETS, fixed)
 add("cached", LINES, TARGETS, *TOKENS, seqio.CacheDatasetPlaceholder(), *END)
 add("measured", LINES, PAIR, *TOKENS, *END, postprocess_fn=upper, metric_fns=[accuracy, mean_score])
 add("math", seqio.FunctionDataSource(gsm8k, ["train", "test"]), PAIR, seqio.preprocessors.tokenize, *END,
@@ -195,6 +199,15 @@ def test_a_converter_may_be_a_function(stream):
     lengths = (("inputs", 48), ("targets", 96))
     example = next(stream("pairs", converter=everywhere, task_feature_lengths=lengths).examples("eval", 0, 0, 0))
     np.testing.assert_array_equal(example["loss_mask"], example["segment_ids"])
+
+
+def test_examples_that_need_no_conversion_lose_their_strings_alone(stream):
+    data = stream("fixed", converter="PassThroughFeatureConverter", task_feature_lengths=(("targets", 4),))
+    batch = next(data.batches("train", 0, one_device()))
+    assert batch.keys() == {"targets", "segment_ids", "positions"}
+    assert batch["targets"].tolist() == [[1] * 4] * 4
+    with pytest.raises(UserError, match="promised"):
+        next(dataclasses.replace(data, task_feature_lengths=(("targets", 5),)).batches("train", 0, one_device()))
 
 
 def test_every_epoch_has_every_line_once_in_an_order_of_its_own(stream, folder):
@@ -401,6 +414,7 @@ def test_vocabularies_agree_with_ours(folder, tmp_path):
     theirs = SeqIOVocabulary("lines", ("axrepro_test_tasks",))
     assert (theirs.size, theirs.pad_id, theirs.eos_id) == (Bytes().size, Bytes().pad_id, Bytes().eos_id)
     np.testing.assert_array_equal(theirs.encode(text), Bytes().encode(text))
+    assert theirs.fingerprint == Bytes().fingerprint
     ids = [1, *theirs.encode(text), 1, 0, 0]
     assert theirs.decode(ids) == Bytes().decode(ids) == text
 
@@ -422,6 +436,7 @@ def test_vocabularies_agree_with_ours(folder, tmp_path):
     )
     theirs, ours = SeqIOVocabulary("pieces"), SentencePiece(path)
     assert (theirs.size, theirs.pad_id, theirs.eos_id) == (ours.size, ours.pad_id, ours.eos_id)
+    assert theirs.fingerprint == ours.fingerprint
     sentence = "a quick dog jumps over the fox"
     np.testing.assert_array_equal(theirs.encode(sentence), ours.encode(sentence))
     assert theirs.decode([*ours.encode(sentence), 1]) == sentence

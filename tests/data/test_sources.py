@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import pickle
 
 import pytest
@@ -178,3 +179,10 @@ def test_files_beyond_the_limit_of_open_ones_are_read_all_the_same(tmp_path, mon
         write(tmp_path, f"{i}.jsonl", b'{"id": %d}\n' % i)
     records = JsonLines(f"{tmp_path}/*.jsonl", holdout=0).open("train")
     assert [records[i]["id"] for i in (4, 0, 3, 1, 2, 4, 0)] == [4, 0, 3, 1, 2, 4, 0]
+
+
+def test_file_names_that_are_not_utf8_are_files_like_others(tmp_path):
+    for i in range(20):
+        (tmp_path / os.fsdecode(b"caf\xe9 %d.txt" % i)).write_bytes(b"text")
+    source = TextFiles(f"{tmp_path}/*.txt", holdout=3)
+    assert len(source.open("train")) + len(source.open("eval")) == 20

@@ -27,6 +27,7 @@ from axrepro.data import (
     TextFiles,
     permutation,
 )
+from axrepro.data.denoising import SpanCorruption
 
 texts = st.lists(st.one_of(st.binary(max_size=4), st.binary(max_size=60)), min_size=1, max_size=12)
 
@@ -356,3 +357,8 @@ def test_transforms_of_records_draw_once_and_of_rows_in_every_epoch():
     assert sorted(epochs[0]["tokens"].ravel().tolist()) == sorted(epochs[1]["tokens"].ravel().tolist())
     assert len(np.unique(np.stack([epoch["drawn"] for epoch in epochs]))) == 6 * len(opened)
     np.testing.assert_array_equal(opened.rows(np.array([1, 0]))["drawn"], epochs[0]["drawn"][[1, 0]])
+
+
+def test_a_transform_with_another_vocabulary_is_refused():
+    with pytest.raises(UserError, match=r"Text\.vocabulary=.*the vocabulary of its SpanCorruption, Bytes\(extra_ids=9\)"):
+        text_of(_Given([{"text": "a"}]), row_transforms=(SpanCorruption(vocabulary=Bytes(extra_ids=9)),))

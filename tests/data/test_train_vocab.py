@@ -72,8 +72,8 @@ def test_compression_is_that_of_lines_that_were_not_trained_on(trained):
         result = trained[kind]
         assert result.held_out_bytes == sum(len(line.encode()) + 1 for line in held_out)
         assert result.held_out_tokens == sum(len(result.vocabulary.encode(f"{line}\n")) for line in held_out)
-        assert result.bytes_per_token == result.held_out_bytes / result.held_out_tokens > 1.8
-        assert result.vocabulary.encode(CODE).size < 0.6 * len(CODE.encode())
+        assert result.bytes_per_token == result.held_out_bytes / result.held_out_tokens > 2.5
+        assert result.vocabulary.encode(CODE).size < 0.5 * len(CODE.encode())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -144,7 +144,7 @@ def test_a_fingerprint_is_that_of_the_model_and_not_of_its_path(train, tmp_path)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A byte-level tokenizer as transformers writes it, with a cut and a padding that nobody asked for."""
+    """A byte-level tokenizer as transformers writes it, which cuts, pads and puts a token first unasked."""
     tokenizers = pytest.importorskip("tokenizers", reason="needs the extra `data`")
     transformers = pytest.importorskip("transformers")
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -154,6 +154,8 @@ def folder(tmp_path_factory) -> Path:
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
     library.train_from_iterator([TEXT] * 3, trainer)
     library.add_special_tokens(["<|endoftext|>", "<|im_end|>", "[PAD]"])
+    end = ("<|endoftext|>", library.token_to_id("<|endoftext|>"))
+    library.post_processor = tokenizers.processors.TemplateProcessing(single=f"{end[0]} $A", special_tokens=[end])
     library.enable_truncation(5)
     library.enable_padding(length=9)
     folder = tmp_path_factory.mktemp("huggingface")

@@ -93,3 +93,23 @@ def test_segments_separate_the_documents_and_their_positions_need_not_restart(do
     mixed = apply(Context())
     np.testing.assert_allclose(mixed[0, :first], running[0, :first], atol=1e-5)
     assert np.abs(mixed[0, first : first + second] - running[0, first : first + second]).max() > 0.01
+
+
+def test_earlier_positions_see_the_prefix_of_their_own_segment_alone(documents):
+    network = model("dense")
+    params = init_params(network.specs(), jax.random.key(0))
+    row = packed(documents)
+    prefix = np.zeros((1, LENGTH), bool)
+    prefix[0, :5] = prefix[0, 8:12] = True
+    loss = jax.jit(lambda batch: LanguageModel(model=network).loss(params, batch, Context())["lm"].total)
+
+    def change(place: int, position: int, **more) -> float:
+        """Of the loss at a position, where another token stands at a place."""
+        batch = row | more | {"loss_mask": jnp.zeros((1, LENGTH)).at[0, position].set(1.0)}
+        other = row["tokens"].at[0, place].add(1) % VOCAB
+        return abs(float(loss(batch | {"tokens": other})) - float(loss(batch)))
+
+    assert change(4, 1) == 0
+    assert change(4, 1, prefix=jnp.asarray(prefix)) > 1e-4
+    assert change(5, 1, prefix=jnp.asarray(prefix)) == 0  # behind the prefix
+    assert change(10, 1, prefix=jnp.asarray(prefix)) == 0  # of another segment
