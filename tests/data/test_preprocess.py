@@ -212,6 +212,16 @@ def test_other_arguments_are_refused_while_it_is_under_way_and_after(made, sourc
     assert preprocess(source, f"{folder}/a", **arguments()) == made[1]
 
 
+def test_the_work_of_a_run_whose_plan_was_removed_is_not_taken_up(source, tmp_path, without_beam, monkeypatch):
+    match, fields = module._match, {**arguments(), "shards": 2, "dedupe": ("exact",)}
+    monkeypatch.setattr(module, "_match", lambda *args: (_ for _ in ()).throw(Planted()))
+    with pytest.raises(Planted):
+        preprocess(source, f"{tmp_path}/a", **{**fields, "scorer": None})
+    monkeypatch.setattr(module, "_match", match)
+    (tmp_path / "a.plan.json").unlink()
+    assert preprocess(source, f"{tmp_path}/a", **fields).counts["filtered"] == 32
+
+
 def test_it_is_killed_at_random_and_goes_on_to_the_same_bytes(made, source, tmp_path):
     """In children of a process that has loaded everything, on Beam: kill -9 after random times, then no more."""
     code = f"""
@@ -282,7 +292,7 @@ def test_the_command_takes_flags_of_its_own_and_of_beam(made, source, tmp_path, 
         (["--scorer=quality"], "it takes module:function"),
         (["--dedupe=exakt"], "dedupe='exakt': it takes 'exact' and 'minhash'"),
         (["--jaccard=2"], "MinHash.threshold=2.0"),
-        (["--shards=0"], "--shards=0 must be at least 1"),
+        (["--shards=0"], "shards=0 must be at least 1"),
     ):
         assert main([*flags, *wrong]) == 2
         assert told in capsys.readouterr().err
