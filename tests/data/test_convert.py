@@ -52,6 +52,12 @@ def test_records_keep_their_order_and_transforms_apply(tmp_path):
     assert len({record["drawn"] for record in records}) > 50
 
 
+def test_more_shards_than_records_leave_some_empty(tmp_path):
+    index = convert(RECORDS[:2], f"{tmp_path}/a", shards=5, vocabulary=Bytes())
+    assert index.records == (0, 0, 1, 0, 1)
+    assert len(read(f"{tmp_path}/a")) == 2
+
+
 def test_a_stream_is_dealt_out_to_the_shards_in_one_pass(tmp_path):
     index = convert(iter(RECORDS), f"{tmp_path}/a", shards=3)
     assert index.records == (34, 33, 33)
@@ -178,7 +184,7 @@ def test_the_command_tells_wrong_arguments_in_one_line(tmp_path, capsys):
         ([output], "give one of --input=GLOB and --experiment=NAME"),
         (["--input=a.txt"], "--output"),
         (["--input=a.csv", output], "does not tell the kind of its files"),
-        (["--input=a.txt", output, "--shards=0"], "--shards=0 must be at least 1"),
+        ([f"--input={__file__}", "--format=text", output, "--shards=0"], "shards=0 must be at least 1"),
         (["--input=a.txt", output, "--shards=x"], "invalid int value"),
         ([f"--input={tmp_path}/none.txt", output], "no file matches"),
         ([f"--input={__file__}", output, "--format=text", "--vocabulary=none.model"], "none.model"),

@@ -165,6 +165,8 @@ def begin(output: str, plan: dict) -> Index | None:
     Raises:
       UserError: if something else lies there, or was begun.
     """
+    if plan["shards"] < 1:
+        raise UserError(f"shards={plan['shards']} must be at least 1")
     made_from = sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     path = f"{output}.plan.json"
     if (index := read_index(output)) is not None and index.made_from == made_from:
@@ -277,9 +279,8 @@ def run(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     if (args.input is None) == (args.experiment is None):
         raise UserError("give one of --input=GLOB and --experiment=NAME")
-    for name, least in (("shards", 1), ("max_bad_records", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
+    if args.max_bad_records < 0:
+        raise UserError(f"--max_bad_records={args.max_bad_records} must be at least 0")
     if not args.output:
         raise UserError("--output= is empty; name where the shards go")
     source = source_of(args.input, args.format) if args.input is not None else _experiment_source(args.experiment)

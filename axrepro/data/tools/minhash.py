@@ -25,15 +25,10 @@ def normalised(text: str | bytes) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def shingles(text: str, size: int) -> set[str]:
-    """The n-grams of the words of a normalised text; a shorter text is one by itself."""
-    words = text.split(" ")
-    return {" ".join(words[start : start + size]) for start in range(max(1, len(words) - size + 1))}
-
-
-@cache
-def _permutations(number: int):
-    return _datasketch().MinHash(number, scheme="affine32").permutations
+def shingles(text: str, size: int) -> list[bytes]:
+    """The n-grams of the words of a normalised text, of which a shorter text is one by itself."""
+    words = text.encode(errors="surrogatepass").split(b" ")
+    return [b" ".join(words[start : start + size]) for start in range(max(1, len(words) - size + 1))]
 
 
 def _datasketch():
@@ -44,8 +39,10 @@ def _datasketch():
     return datasketch
 
 
-def _crc32(text: str) -> int:
-    return zlib.crc32(text.encode(errors="surrogatepass"))
+@cache
+def _empty(permutations: int):
+    """The sketch of no shingles; to make its permutations takes longer than those of a page."""
+    return _datasketch().MinHash(permutations, seed=1, scheme="affine32", hashfunc=zlib.crc32)
 
 
 @dataclass(frozen=True)
@@ -87,11 +84,8 @@ class MinHash:
         datasketch computes it, with crc32 in place of its SHA-1, which took four fifths of the time; it mixes the bits
         itself.
         """
-        permutations = _permutations(self.permutations)
-        sketch = _datasketch().MinHash(
-            self.permutations, permutations=permutations, scheme="affine32", hashfunc=_crc32
-        )  # fmt: skip
-        sketch.update_batch(sorted(shingles(text, self.shingle)))
+        sketch = _empty(self.permutations).copy()
+        sketch.update_batch(shingles(text, self.shingle))
         return sketch.hashvalues
 
     def band_keys(self, signatures: UInt32[np.ndarray, "N P"]) -> UInt64[np.ndarray, "bands N"]:

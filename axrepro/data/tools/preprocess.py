@@ -151,9 +151,11 @@ def preprocess(
         "vocabulary": vocabulary and [vocabulary.fingerprint, vocabulary.size],
         "text_field": text_field,
     }
+    begun = os.path.exists(f"{output}.plan.json")
     index = begin(output, plan)
-    if index is not None:
+    if index is not None or not begun:  # the work of a run that is over, or whose plan was removed
         shutil.rmtree(f"{output}.work", ignore_errors=True)
+    if index is not None:
         return index
     job = _Job(
         source=source,
@@ -457,9 +459,8 @@ def run(argv: Sequence[str]) -> int:
         if flag.startswith("-") and name not in known:
             flags = [action.option_strings[-1].removeprefix("--") for action in parser._actions]
             raise UserError(f"unknown argument {flag!r}, for Beam too; {nearest(name, [*flags, *known])}")
-    for name, least in (("shards", 1), ("max_bad_records", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
+    if args.max_bad_records < 0:
+        raise UserError(f"--max_bad_records={args.max_bad_records} must be at least 0")
     index = preprocess(
         source_of(args.input, args.format),
         args.output,
