@@ -58,6 +58,11 @@ class Records(ABC):
         return None
 
     @property
+    def vocabulary(self) -> tuple[str, str] | None:
+        """Name and fingerprint of the vocabulary that made the "tokens", where it is known."""
+        return None
+
+    @property
     def blocks(self) -> np.ndarray | None:
         """int64[G + 1], the records from `blocks[g]` to `blocks[g + 1]` are read at once; None: each by itself."""
         return None

@@ -323,6 +323,12 @@ class Text(Data):
         # the first batches of the eval split should be a fair sample of it, and the same whatever the seed of the run
         seed = seed if split == "train" else 0
         records, faults = self.source.open(split), Faults(self.max_bad_records)
+        if records.vocabulary is not None and records.vocabulary[1] != self.vocabulary.fingerprint:
+            name, fingerprint = records.vocabulary
+            raise UserError(
+                f"the tokens of {self.source} were made with the vocabulary {name} ({fingerprint:.8}), not with "
+                f"{self.vocabulary.name} ({self.vocabulary.fingerprint:.8}); give that one, or tokenise anew"
+            )
         if (sizes := records.sizes) is not None and not self.transforms:
             store = RecordStore(records, sizes, self.vocabulary, faults)
         else:

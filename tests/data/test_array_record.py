@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from axrepro.data import Bytes
+from axrepro.data import Bytes, Text
 from axrepro.data.records import BadRecord
 from axrepro.data.sources.array_record import (
     ArrayRecords,
@@ -255,9 +256,11 @@ class Other(Bytes):
 
 
 def test_a_foreign_vocabulary_is_refused(written, tmp_path, unchecked):
-    assert ArrayRecords(f"{written}/all-*", vocabulary=Bytes()).open("train").fingerprint == Bytes().fingerprint
-    with pytest.raises(UserError, match=r"the tokens of .*all were made with the vocabulary bytes .* not with bytes"):
-        ArrayRecords(f"{written}/all-*", vocabulary=Other()).open("train")
+    text = Text(batch_size=1, sequence_length=8, source=ArrayRecords(f"{written}/all-*"))
+    assert text.source.open("train").vocabulary == ("bytes", Bytes().fingerprint)
+    text.open("train", 0)
+    with pytest.raises(UserError, match=r"the tokens of .*all.* were made with the vocabulary bytes .* not with bytes"):
+        replace(text, vocabulary=Other()).open("train", 0)
     write_array_records(RECORDS, f"{tmp_path}/other", vocabulary=Other())
     with pytest.raises(UserError, match=r"other and .*all were made with different vocabularies"):
         ArrayRecords((f"{written}/all-*", f"{tmp_path}/other-*")).open("train")

@@ -44,7 +44,7 @@ def test_records_keep_their_order_and_transforms_apply(tmp_path):
     index = convert(RECORDS, f"{tmp_path}/a", shards=3, transforms=(add_one,), vocabulary=Bytes())
     assert index.counts == {"read": 100, "bad": 0, "written": 100}
     assert index.records == (33, 33, 34)
-    records = read(f"{tmp_path}/a", vocabulary=Bytes())
+    records = read(f"{tmp_path}/a")
     assert [record["number"] for record in records] == list(range(1, 101))
     assert [Bytes().decode(record["tokens"]) for record in records] == [record["text"] for record in RECORDS]
     assert set(records[0]) == {"number", "drawn", "tokens"}
@@ -199,7 +199,7 @@ def test_the_command_tells_wrong_arguments_in_one_line(tmp_path, capsys):
 
 def test_the_source_of_an_experiment_is_converted(tmp_path, capsys):
     assert main(["--experiment=moe_tiny", "--split=eval", f"--output={tmp_path}/out", "--vocabulary=bytes"]) == 0
-    records = read(f"{tmp_path}/out", vocabulary=Bytes())
+    records = read(f"{tmp_path}/out")
     assert len(records) > 10
     assert all(isinstance(record["tokens"], np.ndarray) for record in records)
 

@@ -490,16 +490,16 @@ def _decoded(decode: Callable[[bytes], Example], data: bytes, path: str, number:
 class _Files(FileRecords):
     """See `ArrayRecords`. Readers are opened when they are first asked for, and are shared by threads."""
 
-    def __init__(self, files, counts, split, holdout, decoder, schemas, lengths, fingerprint: str | None):
+    def __init__(self, files, counts, split, holdout, decoder, schemas, lengths, vocabulary: tuple[str, str] | None):
         """
         Args:
           schemas: by file, the kinds that its fields may have, where an index tells them.
           lengths: int[N] of the tokens of all records of the files, if known.
-          fingerprint: of the vocabulary that made the tokens, if known.
+          vocabulary: name and fingerprint of the one that made the tokens, if known.
         """
         super().__init__(files, counts, split, holdout)
         self._counts = counts
-        self.fingerprint = fingerprint
+        self._vocabulary = vocabulary
         self._decode = decoder
         self._schemas = schemas
         self._sizes = None if lengths is None else self.taken(lengths).astype(np.int64)
@@ -512,6 +512,10 @@ class _Files(FileRecords):
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state
         self._readers, self._lock = {}, threading.Lock()
+
+    @property
+    def vocabulary(self) -> tuple[str, str] | None:
+        return self._vocabulary
 
     @property
     def sizes(self) -> np.ndarray | None:
@@ -567,12 +571,10 @@ class ArrayRecords(RecordFiles):
     Attributes:
       encoding: of a record: "msgpack", that of `write_array_records`; "example", a tf.train.Example; "bytes", anything.
       field: with "bytes", the name of the one field.
-      vocabulary: what must have made the tokens, where an index says what did; None: anything may have.
     """
 
     encoding: Encoding = "msgpack"
     field: str = "text"
-    vocabulary: Vocabulary | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -585,7 +587,9 @@ class ArrayRecords(RecordFiles):
         if self.encoding == "msgpack":
             indices = {prefix: read_index(prefix) for prefix in sorted({s[0] for s in places.values() if s})}
         by = {
-            index.vocabulary["fingerprint"]: prefix for prefix, index in indices.items() if index and index.vocabulary
+            (index.vocabulary["name"], index.vocabulary["fingerprint"]): prefix
+            for prefix, index in indices.items()
+            if index and index.vocabulary
         }
         if len(by) > 1:
             raise UserError(f"the tokens of {' and '.join(by.values())} were made with different vocabularies")
@@ -622,13 +626,6 @@ class ArrayRecords(RecordFiles):
         if (size := os.path.getsize(path)) != (told := index.sizes[number]):
             how = "truncated" if size < told else "another file than the one that was written"
             raise UserError(f"{path} has {size} bytes, and {prefix}.json says {told}: it is {how}; copy it anew")
-        if self.vocabulary is not None and index.vocabulary is not None:
-            mine, theirs = self.vocabulary.fingerprint, index.vocabulary.get("fingerprint")
-            if mine != theirs:
-                raise UserError(
-                    f"the tokens of {prefix} were made with the vocabulary {index.vocabulary.get('name')} ("
-                    f"{theirs:.8}), not with {self.vocabulary.name} ({mine:.8}); give that one, or tokenise anew"
-                )
 
 
 def _count(path: str) -> int:
