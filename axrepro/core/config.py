@@ -10,7 +10,7 @@ import json
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ml_collections import ConfigDict
@@ -291,13 +291,27 @@ def describe(tree, indent: str = "") -> str:
             if body := describe(value, indent + "  "):
                 lines.append(body)
         else:
-            lines.append(f"{indent}{name}: {value!r}")
+            lines.append(f"{indent}{name}: {_functions_by_name(value)!r}")
     return "\n".join(lines)
 
 
 def to_json(tree) -> str:
-    """The tree as JSON text with sorted keys, class names included."""
-    return json.dumps(to_config_dict(tree).to_dict(), indent=2, sort_keys=True)
+    """The tree as JSON text with sorted keys, class names included, and functions by name."""
+    return json.dumps(to_config_dict(tree).to_dict(), indent=2, sort_keys=True, default=_functions_by_name)
+
+
+def function_name(function: Callable) -> str:
+    """Module and name, the same in every process: of what a partial calls, of the class of any other object."""
+    while isinstance(function, partial):
+        function = function.func
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _functions_by_name(value):
+    if isinstance(value, tuple):
+        return tuple(map(_functions_by_name, value))
+    return function_name(value) if callable(value) else value
 
 
 _ABSENT = object()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from axrepro.core.config import differences, to_config_dict
+from axrepro.core.config import differences, to_json
 from axrepro.errors import UserError
 from axrepro.train.experiment import Experiment
 from axrepro.train.workdir import Workdir
@@ -63,7 +63,7 @@ def record_config(workdir: Workdir, name: str, experiment: Experiment) -> None:
     """Writes `workdir`/config.json; one with other settings is kept beside it, and the differences are printed."""
     record = {
         "experiment": name,
-        "config": json.loads(json.dumps(to_config_dict(experiment).to_dict())),
+        "config": json.loads(to_json(experiment)),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
         "versions": _versions(),

@@ -1,7 +1,9 @@
 """Overriding, swapping, printing and exchanging config trees."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import pytest
@@ -52,6 +54,12 @@ class Outer:
     def __post_init__(self):
         if self.steps < self.shape[0]:
             raise ValueError(f"steps={self.steps} must be at least shape[0]={self.shape[0]}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Functions:
+    many: tuple[Callable, ...]
+    one: Callable
 
 
 def blocks(times: int) -> Repeat:
@@ -148,6 +156,15 @@ def test_a_tree_survives_the_exchange_with_a_config_dict():
     assert from_config_dict(model, to_config_dict(model)) == model
     # through text too: what a checkpoint stores
     assert from_config_dict(tree, ConfigDict(json.loads(to_json(tree)))) == tree
+
+
+def test_functions_are_told_by_name_in_text_and_survive_the_exchange():
+    tree = Functions(many=(len, Inner.__init__, partial(max, 1)), one=partial(partial(sorted, key=abs), reverse=True))
+    assert from_config_dict(tree, to_config_dict(tree)) == tree
+    told = json.loads(to_json(tree))
+    assert told["many"] == ["builtins.len", f"{__name__}.Inner.__init__", "builtins.max"]
+    assert told["one"] == "builtins.sorted"
+    assert describe(tree) == f"many: {tuple(told['many'])!r}\none: 'builtins.sorted'"
 
 
 def test_edits_of_the_config_dict_reach_the_tree():

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from axrepro.core.config import function_name
 from axrepro.data.base import Split
 from axrepro.data.records import BadRecord, Example, Records, Source
 from axrepro.errors import UserError, require
@@ -428,7 +429,7 @@ class FromFunction(Source):
     function: Callable[[Split], Sequence[Example]]
 
     def __repr__(self) -> str:
-        return f"{self.function.__module__}.{self.function.__qualname__}"
+        return function_name(self.function)
 
     def open(self, split: Split) -> Records:
         records = self.function(split)
