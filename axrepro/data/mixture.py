@@ -69,7 +69,9 @@ class Temperature(Rates):
         require_sizes(self, "limit")
 
     def at(self, step, rates, sizes):
-        return rates * np.minimum(sizes, np.inf if self.limit is None else self.limit) ** (1 / self.temperature)
+        sizes = np.minimum(sizes, np.inf if self.limit is None else self.limit)
+        # at most 1, so that no power is infinite; only sizes that do not count are above the largest that does
+        return rates * np.minimum(sizes / sizes[rates > 0].max(), 1) ** (1 / self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,7 +121,7 @@ class Transformed(Examples):
                         out[feature.name][place] = self._feature(example, feature, record)
                     valid[place] = True
                 except BadRecord as error:
-                    self._faults.add(record, error)
+                    self._faults.add(record if error.index is None else error.index, error)
                     for array in out.values():
                         array[place] = 0
         return {**out, VALID: valid}
@@ -136,20 +136,34 @@ class Transformed(Examples):
             if not isinstance(transform, PairTransform):
                 example = apply_transforms((transform,), example, rng, self._records.name(record))
             elif rng.random() < transform.probability:
-                other = self._made(int(rng.integers(len(self))), transforms[:number], rng)
+                other = self._other(int(rng.integers(len(self))), transforms[:number], rng)
                 mix = lambda one, rng, pair=transform, other=other: pair.mix(one, other, rng)
                 example = apply_transforms((mix,), example, rng, self._records.name(record))
         return example
+
+    def _other(self, record: int, transforms: tuple[Transform | PairTransform, ...], rng) -> Example:
+        try:
+            return self._made(record, transforms, rng)
+        except BadRecord as error:
+            error.index = record if error.index is None else error.index
+            raise
 
     def _feature(self, example: Example, feature: Feature, record: int) -> np.ndarray:
         name = self._records.name(record)
         if feature.name not in example:
             raise UserError(f"{name} has no field {feature.name!r} in the end; {nearest(feature.name, example)}")
-        value = np.asarray(example[feature.name])
+        try:
+            value = np.asarray(example[feature.name])
+        except ValueError as error:
+            raise BadRecord(f"{name}: {feature.name!r} is no array: {error}") from None
         if value.shape != feature.shape:
             raise BadRecord(f"{name}: {feature.name!r} has shape {list(value.shape)}, not {list(feature.shape)}")
         if not np.can_cast(value.dtype, feature.dtype, "same_kind"):
             raise BadRecord(f"{name}: {feature.name!r} is {value.dtype}, which is no {feature.dtype}")
+        if np.dtype(feature.dtype).kind in "iu" and (value.astype(feature.dtype) != value).any():
+            raise BadRecord(
+                f"{name}: {feature.name!r} has {value.min()} to {value.max()}, too much for {feature.dtype}"
+            )
         return value
 
     def _order(self, indices: np.ndarray, epoch: int) -> np.ndarray:

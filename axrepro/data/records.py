@@ -26,7 +26,12 @@ class BadRecord(UserError):
     """One record that cannot be used. The message names its file and its place there.
 
     It ends the run, or is counted and left out where the experiment allows it (`max_bad_records`).
+
+    Attributes:
+      index: its number, where the example that needed it is made of another one too.
     """
+
+    index: int | None = None
 
 
 class Records(ABC):
@@ -107,7 +112,7 @@ class Faults:
         self.seen = dict(state["seen"])
 
     def add(self, index: int, error: BadRecord) -> None:
-        """Counts a record, each only once.
+        """Counts a record that is left out, each only once.
 
         Raises:
           BadRecord: if none may be left out.
@@ -116,11 +121,12 @@ class Faults:
         with self._lock:
             if index in self.seen:
                 return
-            self.seen[index] = str(error)
             if not self._limit:
                 raise error
-            if len(self.seen) > self._limit:
-                raise UserError(f"{len(self.seen)} bad records, and max_bad_records={self._limit}; the last: {error}")
+            number = len(self.seen) + 1
+            if number > self._limit:
+                raise UserError(f"{number} bad records, and max_bad_records={self._limit}; the last: {error}")
+            self.seen[index] = str(error)
         logging.warning("left out (%d of at most %d): %s", len(self.seen), self._limit, error)
 
 

@@ -1,7 +1,7 @@
 """The order of examples, against plain loops: three epochs, one, two and four hosts, kills at random batches."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from axrepro.data import (
     Feature,
     Fixed,
     Mixture,
+    Mixup,
     Part,
     Pipeline,
     Records,
@@ -230,6 +231,8 @@ def test_temperature_makes_shares_of_sizes():
     np.testing.assert_allclose(mixed.shares(0, {"p0": 100, "p1": 10_000}), [1 / 11, 10 / 11])
     limited = mixture([100, 10_000], [1, 2], rates=Temperature(limit=400))
     np.testing.assert_allclose(limited.shares(0, {"p0": 100, "p1": 10_000}), [1 / 9, 8 / 9])
+    cold = mixture([100, 10_000, 200], [1, 0, 1], rates=Temperature(temperature=0.001))
+    np.testing.assert_allclose(cold.shares(0, {"p0": 1e6, "p1": 1e12, "p2": 2e6}), [0, 0, 1], atol=1e-9)
 
 
 def test_domains_share_their_rate_among_their_data_sets():
@@ -328,6 +331,29 @@ def test_bad_records_end_the_run_or_are_padding_and_counted():
         taken(too_many, 0, [(1, 2)])
 
 
+@pytest.mark.parametrize("limit", [0, 1])
+def test_a_record_that_ended_the_run_does_so_again(limit):
+    data = replace(numbers(10, bad=(3, 7)), max_bad_records=limit)
+    cursor = data.cursor("train", 0)
+    for _ in range(3):
+        with pytest.raises(UserError, match="is bad"):
+            cursor.rows(0, 10)
+    assert len(cursor.bad_records) == limit
+
+
+def test_a_bad_record_in_a_pair_is_counted_by_its_own_number():
+    def as_float(example, rng):
+        return {"number": np.full(1, example["number"], np.float32)}
+
+    features, transforms = (Feature(name="number", shape=(1,)),), (as_float, Mixup(fields=("number",)))
+    source = Numbers(size=10, bad=(3,))
+    data = Pipeline(batch_size=10, source=source, features=features, transforms=transforms, max_bad_records=1)
+    examples = data.open("train", 0)
+    valid = examples.rows(np.arange(200))["valid"]
+    assert 200 - valid.sum() > 25  # 20 times the first of a pair, and about as often the second
+    assert examples.bad_records == {3: "numbers, record 3 is bad"}
+
+
 def test_features_that_do_not_fit_are_named():
     wrong_shape = Pipeline(**{**vars(numbers(4)), "features": (Feature(name="number", shape=(2,)),)})
     with pytest.raises(BadRecord, match=r"record \d: 'number' has shape \[\], not \[2\]"):
@@ -335,6 +361,12 @@ def test_features_that_do_not_fit_are_named():
     wrong_type = Pipeline(**{**vars(numbers(4)), "features": (Feature(name="number", dtype="bool"),)})
     with pytest.raises(BadRecord, match="'number' is int64, which is no bool"):
         taken(wrong_type, 0, [(1, 1)])
+    small = Pipeline(**{**vars(numbers(4, start=127)), "features": (Feature(name="number", dtype="int8"),)})
+    with pytest.raises(BadRecord, match=r"record [123]: 'number' has 1\d\d to 1\d\d, too much for int8"):
+        taken(small, 0, [(1, 1)])
+    ragged = replace(numbers(4), transforms=(lambda example, rng: {**example, "number": [[1], [1, 2]]},))
+    with pytest.raises(BadRecord, match=r"record \d: 'number' is no array"):
+        taken(ragged, 0, [(1, 1)])
     missing = Pipeline(**{**vars(numbers(4)), "features": (Feature(name="numbr"),)})
     with pytest.raises(UserError, match="has no field 'numbr' in the end; did you mean 'number'"):
         taken(missing, 0, [(1, 1)])
