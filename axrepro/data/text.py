@@ -131,24 +131,41 @@ def encode(
     """
     name = lambda: records.name(index)
     if "tokens" in example:
-        ids, weights = np.asarray(example["tokens"]), example.get("loss_mask")
+        ids, weights = _array(example["tokens"], "tokens", name), example.get("loss_mask")
+        weights = None if weights is None else _array(weights, "loss_mask", name)
         if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or not ids.size):
             raise BadRecord(f"{name()}: its tokens are {ids.dtype}{list(ids.shape)}, not a list of whole numbers")
-        if weights is not None and np.shape(weights) != ids.shape:
-            raise BadRecord(f"{name()} has {len(ids)} tokens, but a loss_mask of shape {list(np.shape(weights))}")
+        if weights is not None and weights.shape != ids.shape:
+            raise BadRecord(f"{name()} has {len(ids)} tokens, but a loss_mask of shape {list(weights.shape)}")
+        if weights is not None and weights.size and not (weights.dtype.kind in "biuf" and np.isfinite(weights).all()):
+            raise BadRecord(f"{name()}: its loss_mask holds other things than finite numbers")
         if ids.size and not (ids.min() >= vocabulary.first_id and ids.max() < vocabulary.size):
             raise BadRecord(
                 f"{name()} has tokens {ids.min()} ... {ids.max()}; those of the vocabulary {vocabulary.name} are "
                 f"{vocabulary.first_id} ... {vocabulary.size - 1}"
             )
-        return ids, None if weights is None else np.asarray(weights, np.float32)
+        return ids, None if weights is None else weights.astype(np.float32)
     if "parts" in example:
+        if not _are_parts(example["parts"]):
+            raise BadRecord(f"{name()}: its parts are {example['parts']!r:.40}, not pairs of a text and a number")
         parts = [(_encode(text, vocabulary, name), counts) for text, counts in example["parts"]]
         ids = np.concatenate([np.zeros(0, np.int32), *(part for part, _ in parts)])
         return ids, np.repeat(np.array([counts for _, counts in parts], np.float32), [len(part) for part, _ in parts])
     if field not in example:
         raise BadRecord(f"{name()} has no field {field!r}; {nearest(field, example)}")
     return _encode(example[field], vocabulary, name), None
+
+
+def _array(value, field: str, name) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise BadRecord(f"{name()}: its {field} are no array: {error}") from None
+
+
+def _are_parts(parts) -> bool:
+    pairs = isinstance(parts, (list, tuple)) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in parts)
+    return pairs and all(isinstance(counts, (int, float, np.number, np.bool_)) for _, counts in parts)
 
 
 def _encode(text, vocabulary: Vocabulary, name) -> np.ndarray:
@@ -383,5 +400,12 @@ def _narrow(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
 
 
 def _raw_bytes(example: Example, field: str) -> int:
-    texts = [text for text, _ in example["parts"]] if "parts" in example else [example.get(field, "")]
-    return sum(len(text.encode() if isinstance(text, str) else text) for text in texts)
+    if "parts" in example and "tokens" not in example:
+        texts = [text for text, _ in example["parts"]]
+    else:
+        texts = [example.get(field)]  # beside tokens it may be anything
+    return sum(
+        len(text.encode(errors="replace") if isinstance(text, str) else text)
+        for text in texts
+        if isinstance(text, (str, bytes))
+    )

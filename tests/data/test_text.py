@@ -303,6 +303,14 @@ def test_parts_that_do_not_count_need_a_loss_mask():
         ({"text": "\ud800"}, "record 1 is not Unicode"),
         ({"tokens": [[1]]}, r"record 1: its tokens are int64\[1, 1\]"),
         ({"tokens": [0.5]}, r"record 1: its tokens are float64\[1\]"),
+        ({"tokens": [[7], [7, 8]]}, "record 1: its tokens are no array"),
+        ({"tokens": [7, 8], "loss_mask": [[1], [1, 1]]}, "record 1: its loss_mask are no array"),
+        ({"tokens": [7, 8], "loss_mask": ["a", "b"]}, "record 1: its loss_mask holds other things than finite numbers"),
+        ({"tokens": [7, 8], "loss_mask": [1, None]}, "record 1: its loss_mask holds other things than finite numbers"),
+        ({"tokens": [7, 8], "loss_mask": [1, float("nan")]}, "record 1: its loss_mask holds other things"),
+        ({"parts": 3, "text": "a"}, "record 1: its parts are 3, not pairs"),
+        ({"parts": ["ab"], "text": "a"}, r"record 1: its parts are \['ab'\], not pairs"),
+        ({"parts": [["a", "b"]]}, r"record 1: its parts are \[\['a', 'b'\]\], not pairs"),
         ({"tokens": [7, 259]}, "record 1 has tokens 7 ... 259; those of the vocabulary bytes are 3 ... 258"),
         ({"tokens": [7, 8], "loss_mask": [1]}, r"2 tokens, but a loss_mask of shape \[1\]"),
     ],
@@ -315,6 +323,12 @@ def test_a_record_that_is_no_text_is_named_or_left_out_and_counted(record, messa
     assert opened.stats()["documents"] == 2
     assert list(opened.bad_records) == [1]
     assert re.search(message, caplog.text)
+
+
+def test_beside_tokens_a_record_may_hold_anything():
+    opened = text_of(_Given([{"tokens": [7, 8], "text": None, "parts": 3}, {"text": "ab"}])).open("train", 0)
+    assert opened.stats()["tokens"] == 6
+    assert opened.stats()["bytes"] == 2
 
 
 def test_a_transform_that_refuses_a_record_is_named_with_it():
