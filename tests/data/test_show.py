@@ -114,6 +114,8 @@ def test_what_an_encoder_reads_is_decoded_too(folder, capsys):
         (["--data=mine:nothing"], "returns a int, not data such as Text"),
         (["--data=mine:sums", "--show=-1"], "--show=-1 must be at least 0"),
         (["--data=mine:sums", "--seconds=0"], "--seconds=0 must be above 0"),
+        (["--data=mine:sums", "--seconds=nan"], "--seconds=nan must be above 0"),
+        (["--data=experiments._datasets:digits", "--pictures=mine.py"], "cannot write pictures to mine.py"),
         (["--data=mine:sums", "--sow=3"], "unknown argument '--sow=3'; did you mean 'show'"),
         (["convrt"], "unknown argument 'convrt'; did you mean 'convert'"),
         (["--data=mine:sums", "--data.batch_sze=4"], "no field 'batch_sze'; did you mean 'batch_size'"),

@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import zstandard
@@ -172,6 +174,26 @@ def test_a_file_that_shrinks_under_its_records_is_named(tmp_path):
     path.write_bytes(b'{"text": "a"}\n')
     with pytest.raises(BadRecord, match=r"log\.jsonl:5.*shorter"):
         records[4]
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    path = write(tmp_path, "log.jsonl", b'{"text": "a"}\n' * 9)
+
+    def refuse(name, mode):
+        raise PermissionError(13, "Permission denied", name)
+
+    monkeypatch.setattr(files, "open", refuse, raising=False)  # root may read everything
+    with pytest.raises(UserError, match=r"cannot read .*log\.jsonl: .*Permission denied"):
+        JsonLines(str(path), holdout=0).open("train")
+
+
+def test_records_that_live_until_python_ends_say_nothing_then(tmp_path):
+    path = write(tmp_path, "log.jsonl", b'{"text": "a"}\n')
+    code = (
+        f"from axrepro.data import JsonLines\nrecords = JsonLines({str(path)!r}, holdout=0).open('train')\nrecords[0]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_files_beyond_the_limit_of_open_ones_are_read_all_the_same(tmp_path, monkeypatch):

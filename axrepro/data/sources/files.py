@@ -137,9 +137,9 @@ class _Reader:
                 self._open[path] = os.open(path, os.O_RDONLY)
             return os.pread(self._open[path], size, start)
 
-    def __del__(self):
+    def __del__(self, close=os.close):  # when Python ends, `os` is gone before
         for descriptor in self._open.values():
-            os.close(descriptor)
+            close(descriptor)
 
 
 class Pieces(Records):
@@ -200,7 +200,12 @@ def _contents(path: str) -> Iterator[bytes | mmap.mmap]:
     if is_packed(path) or not (os.path.isfile(path) and os.path.getsize(path)):
         yield read_file(path)
         return
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+    try:
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # a ValueError where it was emptied a moment ago
+        raise UserError(f"cannot read {path}: {error}") from None
+    with mapped:
         yield mapped
 
 

@@ -39,7 +39,10 @@ def show(data: Data, batches: Batches, number: int, folder: Path) -> Iterator[st
         yield ""
         yield f"example {place}"
         yield from describe_row(row, vocabulary)
-    yield from _pictures(data, rows[:number], folder)
+    try:
+        yield from _pictures(data, rows[:number], folder)
+    except OSError as error:
+        raise UserError(f"cannot write pictures to {folder}: {error}") from None
 
 
 def vocabulary_of(data: Data) -> Vocabulary | None:
@@ -134,7 +137,7 @@ def _pictures(data: Data, rows: list[dict[str, np.ndarray]], folder: Path) -> It
 
 def throughput(batches: Batches, seconds: float) -> Iterator[str]:
     """Lines about how fast batches come, and how full they are, over so many seconds."""
-    if seconds <= 0:
+    if not seconds > 0:
         raise UserError(f"--seconds={seconds:g} must be above 0")
     next(batches)  # what happens once, happens here
     start, rows, places, filled, size = time.perf_counter(), 0, 0, 0, 0
