@@ -17,6 +17,7 @@ before it.
 
 import importlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -192,10 +193,14 @@ def preprocess(
 
 
 def _beam_options(flags: Sequence[str]):
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # Beam tells which clients of clouds it has not found
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError:
         raise UserError("preprocessing needs the package apache-beam: pip install axrepro[beam]") from None
+    finally:
+        logging.disable(before)
     try:
         return PipelineOptions(list(flags))
     except SystemExit:  # of its argument parser, which has said why
