@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from axrepro.command_line import Parser, told
 from axrepro.errors import UserError, nearest
 
 FLAGS = ("own", "default")
@@ -23,18 +24,12 @@ Any field of the experiment is set by its path, for example
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m axrepro.launch",
         description="Train, evaluate or describe an experiment, or compile it for hardware that is not there.",
         epilog=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--experiment", metavar="NAME", help="a function under experiments/, or file:function")
     parser.add_argument("--workdir", metavar="DIR", help="where the run lives; default runs/NAME")
@@ -393,14 +388,9 @@ def run(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """`run` with errors told in words: exit code 2 for wrong input, 1 for a loss not finite, 3 for lack of memory."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        return run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"axrepro: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("axrepro: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return told(run, argv, "interrupted; the same command goes on from the last checkpoint")
     except RuntimeError as error:
         from axrepro.train.not_finite import NotFiniteError
         from axrepro.train.out_of_memory import OutOfMemoryError

@@ -112,3 +112,11 @@ def test_the_mesh_rule_of_a_slice_applies_and_the_command_line_wins(capsys):
     changed = capsys.readouterr().out
     assert "fsdp 128, expert 4" in changed
     assert "remat: 'full'" in changed
+
+
+def test_a_reader_that_stops_reading_is_no_error():
+    command = [sys.executable, "-m", "axrepro.launch", "--experiment=moe_29b", "--mode=describe", "--topology=v5p-1024"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141

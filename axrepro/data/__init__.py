@@ -46,7 +46,7 @@ from axrepro.data.text import MemoryStore, PackedText, Text
 from axrepro.data.transforms.audio import AddNoise, CropOrPadAudio, DecodeAudio, LogMel, NormaliseFeatures, SpecAugment
 from axrepro.data.transforms.denoising import FillInTheMiddle, PrefixLM, SpanCorruption
 from axrepro.data.transforms.fields import FieldTransform, OneHot
-from axrepro.data.transforms.formats import Chat, Template
+from axrepro.data.transforms.formats import Chat, Template, Tokenise
 from axrepro.data.transforms.image_augmentation import (
     ColourJitter,
     GaussianBlur,
@@ -145,6 +145,7 @@ __all__ = [
     "Text",
     "TextFiles",
     "Tfds",
+    "Tokenise",
     "Transform",
     "Vocabulary",
     "batch_shardings",

@@ -3,29 +3,23 @@
 `train-vocab`, `convert` and `preprocess` are commands with flags of their own (`--help` after each).
 """
 
-import argparse
 import importlib
 import os
 import sys
 from pathlib import Path
 
+from axrepro.command_line import Parser, told
 from axrepro.errors import UserError, nearest
 
 COMMANDS = ("train-vocab", "convert", "preprocess")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m axrepro.data",
         description="Show what an experiment's data gives: decoded examples, pictures, and how fast they come.",
         epilog="Fields are set by their path: --experiment.data.batch_size=4. Other commands, each with --help: "
         + ", ".join(COMMANDS),
-        allow_abbrev=False,
     )
     parser.add_argument("--experiment", metavar="NAME", help="a function under experiments/, or file:function")
     parser.add_argument("--data", metavar="MODULE:FUNCTION", help="in its place: a function that returns data")
@@ -97,20 +91,16 @@ def _function(name: str):
     return data
 
 
+def _command(argv: list[str]) -> int:
+    if argv and argv[0] in COMMANDS:
+        return importlib.import_module(f"axrepro.data.tools.{argv[0].replace('-', '_')}").run(argv[1:])
+    return _run(argv)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code: 2 for wrong input."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        if argv and argv[0] in COMMANDS:
-            module = importlib.import_module(f"axrepro.data.tools.{argv[0].replace('-', '_')}")
-            return module.main(argv[1:])
-        return _run(argv)
-    except UserError as error:
-        print(f"axrepro: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("axrepro: interrupted", file=sys.stderr)
-        return 130
+    resumes = "interrupted; convert and preprocess go on where they stopped"
+    return told(_command, sys.argv[1:] if argv is None else argv, resumes)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ class Store(ABC):
     """The ids of all documents, looked up by document and place.
 
     Attributes:
-      sizes: int64[D], ids of each document.   raw_bytes: of all documents before they were encoded; 0: unknown.
+      sizes: int64[D], ids of each document.
+      raw_bytes: of all documents before they were encoded; 0: unknown, or not all ids count.
     """
 
     sizes: np.ndarray
@@ -47,7 +48,7 @@ class MemoryStore(Store):
         Args:
           encoded: ids of each document, and the weight of each where they are not all 1.
         """
-        self.raw_bytes, self._first = raw_bytes, vocabulary.first_id
+        self._first = vocabulary.first_id
         dtype = np.min_scalar_type(vocabulary.size - 1 - self._first)
         self.sizes = np.array([len(ids) for ids, _ in encoded], np.int64)
         # A place before each document and one after the last: pair p of a document then is store[p], store[p + 1].
@@ -55,6 +56,7 @@ class MemoryStore(Store):
         self._ids = np.zeros(int(self.sizes.sum()) + len(encoded) + 1, dtype)
         weighted = any(weights is not None for _, weights in encoded)
         self._weights = np.ones(len(self._ids), np.float32) if weighted else None
+        self.raw_bytes = 0 if any(w is not None and not w.all() for _, w in encoded) else raw_bytes
         for place, (ids, weights) in zip(self._places.tolist(), encoded, strict=True):
             self._ids[place + 1 : place + 1 + len(ids)] = ids - self._first
             if self._weights is not None and weights is not None:
@@ -221,10 +223,14 @@ class PackedText(Examples):
         return self._faults.seen
 
     def stats(self) -> dict[str, int]:
-        """`documents`, `tokens` (pairs per epoch: one end per document included), `bytes` before encoding, `rows`."""
+        """`documents`, `tokens` (pairs per epoch: one end per document included), `bytes` before encoding, `rows`.
+
+        There are no `bytes` where they are not known, or not all of them are to be predicted: bits per byte would mean
+        nothing.
+        """
         documents = len(self._store.sizes)
-        tokens = int(self._store.sizes.sum()) + documents
-        return {"documents": documents, "tokens": tokens, "bytes": self._store.raw_bytes, "rows": len(self)}
+        stats = {"documents": documents, "tokens": int(self._store.sizes.sum()) + documents}
+        return stats | ({"bytes": self._store.raw_bytes} if self._store.raw_bytes else {}) | {"rows": len(self)}
 
     def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         indices = np.asarray(indices, np.int64)
@@ -284,7 +290,8 @@ class TransformedRows(Examples):
         return self._examples.bad_records
 
     def stats(self) -> dict[str, int]:
-        return self._examples.stats()
+        stats = self._examples.stats()
+        return {name: stats[name] for name in stats if name != "bytes"}  # targets are no longer those of the text
 
     def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         indices = np.asarray(indices, np.int64)

@@ -11,15 +11,20 @@ import numpy as np
 import pytest
 
 from axrepro.data import Bytes, JsonLines, Text
+from axrepro.data.__main__ import main as command
 from axrepro.data.records import BadRecord, Records
 from axrepro.data.sources.array_record import ArrayRecords, write_shard
-from axrepro.data.tools.convert import convert, main
+from axrepro.data.tools.convert import convert
 from axrepro.errors import UserError
 
 pytest.importorskip("array_record", reason="needs the extra data")
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = [{"text": f"text {i} é", "number": i} for i in range(100)]
+
+
+def main(argv: list[str]) -> int:
+    return command(["convert", *argv])
 
 
 def read(prefix, **fields):
@@ -125,26 +130,24 @@ def test_files_of_someone_else_are_not_taken_for_finished_shards(tmp_path):
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
-    """In children of a process that has loaded everything: kill -9 after random times, and once at its end."""
+    """In children of a process that has loaded everything: kill -9 while the n-th shard is being written."""
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS * 20))
     code = f"""
-import os, random, sys, time
-import array_record.python.array_record_module, msgpack
-from axrepro.data.tools.convert import main
+import glob, os, time
+import array_record.python.array_record_module, axrepro.data.tools.convert, msgpack
+from axrepro.data.__main__ import main
 flags = ["--input={tmp_path}/in.jsonl", "--shards=8", "--vocabulary=bytes"]
 def child(folder):
     if pid := os.fork():
         return pid
-    os._exit(main([*flags, f"--output={tmp_path}/{{folder}}/a"]))
+    os._exit(main(["convert", *flags, f"--output={tmp_path}/{{folder}}/a"]))
 def ended(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-random.seed(0)
-started = time.monotonic()
 codes = [ended(child("whole"))]
-length = time.monotonic() - started
-for _ in range(6):
+for shards in (0, 1, 3, 3, 6):
     pid = child("killed")
-    time.sleep(random.uniform(0, 0.5 * length))
+    while len(glob.glob("{tmp_path}/killed/a-*.array_record")) < shards:
+        time.sleep(0.001)
     os.kill(pid, 9)
     codes.append(ended(pid))
 print(codes[0], codes.count(-9), ended(child("killed")))

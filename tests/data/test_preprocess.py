@@ -13,10 +13,11 @@ import pytest
 
 from axrepro.data import Bytes
 from axrepro.data import preprocess as module
+from axrepro.data.__main__ import main as command
 from axrepro.data.records import BadRecord
 from axrepro.data.sources.array_record import ArrayRecords
 from axrepro.data.tools.minhash import MinHash, normalised, shingles
-from axrepro.data.tools.preprocess import main, preprocess
+from axrepro.data.tools.preprocess import preprocess
 from axrepro.errors import UserError
 
 for name in ("array_record", "apache_beam", "datasketch"):
@@ -24,6 +25,10 @@ for name in ("array_record", "apache_beam", "datasketch"):
 
 ROOT = Path(__file__).resolve().parents[2]
 RNG = np.random.default_rng(0)
+
+
+def main(argv: list[str]) -> int:
+    return command(["preprocess", *argv])
 
 
 def quality(record) -> float:

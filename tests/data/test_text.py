@@ -134,6 +134,13 @@ def test_stats_count_documents_targets_and_raw_bytes():
     assert stats == {"documents": 3, "tokens": 3 + 0 + 2 + 3, "bytes": 5, "rows": 2}
 
 
+def test_bytes_are_not_counted_where_not_all_of_them_are_learnt():
+    learnt = lambda *parts: text_of(_Given([{"parts": parts}]), loss_mask=True).open("train", 0).stats()
+    assert learnt((b"abc", True), (b"d", True))["bytes"] == 4
+    assert "bytes" not in learnt((b"abc", False), (b"d", True))
+    assert "bytes" not in text_of(_Tokens([[5, 6]])).open("train", 0).stats()
+
+
 def test_bytes_are_kept_as_bytes():
     assert MemoryStore([(Bytes().encode(bytes(range(256))), None)], Bytes(), 256)._ids.dtype == np.uint8
 

@@ -15,7 +15,8 @@ from scipy import stats
 
 from axrepro.core import UserError
 from axrepro.data import Vocabulary
-from axrepro.data.tools.train_vocab import _samples, main, train_vocab
+from axrepro.data.__main__ import main as command
+from axrepro.data.tools.train_vocab import _samples, train_vocab
 from axrepro.data.transforms.denoising import SpanCorruption
 
 DATA = os.environ.get("AXREPRO_DATA", Path(__file__).resolve().parents[2].parent / "shared/data")
@@ -23,6 +24,10 @@ GSM8K = Path(DATA, "gsm8k/train.jsonl")
 KINDS = ("sentencepiece-unigram", "sentencepiece-bpe", "bpe")
 CODE = inspect.getsource(argparse)  # real text that every machine has
 RECORDS = [{"text": CODE.encode()}, {"text": "crème brûlée\n"}]
+
+
+def main(argv: list[str]) -> int:
+    return command(["train-vocab", *argv])
 
 
 @pytest.fixture(scope="module")

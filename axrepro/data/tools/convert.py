@@ -1,18 +1,17 @@
 """python -m axrepro.data convert: writes the records of any source as ArrayRecord shards."""
 
-import argparse
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from axrepro.command_line import Parser
 from axrepro.data.base import Split
 from axrepro.data.records import BadRecord, Example, Faults, Records, Source, Transform, apply_transforms
 from axrepro.data.sources.array_record import (
@@ -31,28 +30,12 @@ from axrepro.data.sources.array_record import (
 from axrepro.data.sources.files import Files, JsonLines, TextFiles
 from axrepro.data.sources.parquet import Parquet
 from axrepro.data.sources.record_files import shard_path
+from axrepro.data.transforms.formats import Tokenise
 from axrepro.data.vocabulary import Bytes, HuggingFace, SentencePiece, Vocabulary
-from axrepro.errors import UserError, nearest
+from axrepro.errors import UserError
 
 FORMATS = ("text", "jsonl", "parquet", "array_record", "example")
 _EXTENSIONS = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", SUFFIX: "array_record"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tokenise:
-    """A transform: `tokens`, in as few bytes as hold any id, in place of the text in `field`."""
-
-    vocabulary: Vocabulary
-    field: str = "text"
-
-    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        if self.field not in example:
-            raise ValueError(f"it has no field {self.field!r} to tokenise; {nearest(self.field, example)}")
-        text = example[self.field]
-        if not isinstance(text, str | bytes):
-            raise ValueError(f"the field {self.field!r} is {text!r:.40}, not text")
-        tokens = self.vocabulary.encode(text).astype(np.min_scalar_type(self.vocabulary.size - 1))
-        return {**{name: value for name, value in example.items() if name != self.field}, "tokens": tokens}
 
 
 def convert(
@@ -249,15 +232,8 @@ def _experiment_source(name: str) -> Source:
     return source
 
 
-class Parser(argparse.ArgumentParser):
-    """Tells a wrong argument as a UserError."""
-
-    def error(self, message):
-        raise UserError(message)
-
-
 def _parser() -> Parser:
-    parser = Parser(prog="python -m axrepro.data convert", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m axrepro.data convert", description=__doc__)
     parser.add_argument("--input", metavar="GLOB", help="files, whose kind their names tell: .txt .jsonl .parquet ...")
     parser.add_argument("--experiment", metavar="NAME", help="in place of --input: the data.source of an experiment")
     parser.add_argument("--split", choices=("train", "eval"), default="train", help="with --experiment; default: train")
@@ -298,15 +274,3 @@ def run(argv: Sequence[str]) -> int:
     told = {**index.counts, "bytes": index.payload} | ({} if index.tokens is None else {"tokens": index.tokens})
     print(f"{args.output}: {args.shards} shards, " + ", ".join(f"{count:,} {name}" for name, count in told.items()))
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`run` with errors told in one line, and exit code 2 for wrong input."""
-    try:
-        return run(sys.argv[2:] if argv is None else argv)
-    except UserError as error:
-        print(f"axrepro: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("axrepro: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130

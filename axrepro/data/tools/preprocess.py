@@ -17,10 +17,10 @@ before it.
 
 import importlib
 import json
+import logging
 import os
 import secrets
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from axrepro.command_line import Parser
 from axrepro.data.records import BadRecord, Example, Faults, Records, Source, apply_transforms
 from axrepro.data.sources.array_record import (
     SUFFIX,
@@ -43,8 +44,6 @@ from axrepro.data.sources.array_record import (
 from axrepro.data.sources.record_files import shard_path
 from axrepro.data.tools.convert import (
     FORMATS,
-    Parser,
-    Tokenise,
     begin,
     described,
     finish,
@@ -53,6 +52,7 @@ from axrepro.data.tools.convert import (
     vocabulary_of,
 )
 from axrepro.data.tools.minhash import MinHash, groups, normalised
+from axrepro.data.transforms.formats import Tokenise
 from axrepro.data.vocabulary import Vocabulary
 from axrepro.errors import UserError, is_number, nearest
 
@@ -193,10 +193,14 @@ def preprocess(
 
 
 def _beam_options(flags: Sequence[str]):
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # Beam tells which clients of clouds it has not found
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError:
         raise UserError("preprocessing needs the package apache-beam: pip install axrepro[beam]") from None
+    finally:
+        logging.disable(before)
     try:
         return PipelineOptions(list(flags))
     except SystemExit:  # of its argument parser, which has said why
@@ -426,7 +430,6 @@ def _parser() -> Parser:
         prog="python -m axrepro.data preprocess",
         description="Filters, deduplicates and tokenises records, and writes ArrayRecord shards.",
         epilog="Other flags go to Apache Beam, as --direct_num_workers=2 --direct_running_mode=multi_processing.",
-        allow_abbrev=False,
     )
     parser.add_argument("--input", metavar="GLOB", required=True, help="files, whose kind their names tell")
     parser.add_argument("--format", choices=FORMATS, help="the kind of the files, where their names do not tell it")
@@ -477,15 +480,3 @@ def run(argv: Sequence[str]) -> int:
     told = {**index.counts} | ({} if index.tokens is None else {"tokens": index.tokens})
     print(f"{args.output}: {args.shards} shards, " + ", ".join(f"{n:,} {name}" for name, n in told.items()))
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`run` with errors told in one line, and exit code 2 for wrong input."""
-    try:
-        return run(sys.argv[2:] if argv is None else argv)
-    except UserError as error:
-        print(f"axrepro: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("axrepro: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130

@@ -1,15 +1,14 @@
 """A vocabulary from text: `python -m axrepro.data train-vocab`."""
 
-import argparse
 import io
 import os
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from axrepro.command_line import Parser
 from axrepro.data.records import Example
 from axrepro.data.sources.files import JsonLines, TextFiles, held_out
 from axrepro.data.vocabulary import HuggingFace, SentencePiece, Vocabulary
@@ -197,16 +196,10 @@ def _byte_level(sentences: list[str], size: int, extra_ids: int, kind: str) -> b
     return tokenizer.to_str().encode()
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m axrepro.data train-vocab",
         description="Train a vocabulary on text, and report how well it compresses lines held out.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--input", metavar="GLOB", nargs="+", action="extend", required=True, help="files of text, or of JSON lines"
@@ -232,15 +225,11 @@ def _records(patterns: list[str]) -> Iterator[Example]:
         yield from source.open("train")
 
 
-def main(argv: list[str]) -> int:
-    """The command; returns the exit code, 2 for wrong input."""
-    try:
-        args = _parser().parse_args(argv)
-        given = {name: value for name, value in vars(args).items() if name not in ("input", "output")}
-        trained = train_vocab(_records(args.input), args.output, **given)
-    except UserError as error:
-        print(f"axrepro: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+def run(argv: Sequence[str]) -> int:
+    """The command; returns the exit code. Raises UserError for wrong input."""
+    args = _parser().parse_args(argv)
+    given = {name: value for name, value in vars(args).items() if name not in ("input", "output")}
+    trained = train_vocab(_records(args.input), args.output, **given)
     vocabulary = trained.vocabulary
     print(f"{vocabulary}: {vocabulary.size} ids from {trained.sentences} sentences")
     print(f"{trained.bytes_per_token:.3f} bytes per token in {trained.held_out_bytes} bytes of lines held out")

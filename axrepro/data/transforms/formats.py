@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from axrepro.data.records import Example
+from axrepro.data.vocabulary import Vocabulary
 from axrepro.errors import UserError, nearest, require, require_choice
 
 Part = tuple[str, bool]
@@ -259,3 +260,20 @@ class Chat:
             f"{longer[place : place + 20]!r} stands where {shorter[place : place + 20]!r} was, so it is not known what "
             f"the assistant said; use {remedy}"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenise:
+    """A transform: `tokens`, in as few bytes as hold any id, in place of the text in `field`."""
+
+    vocabulary: Vocabulary
+    field: str = "text"
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        if self.field not in example:
+            raise ValueError(f"it has no field {self.field!r} to tokenise; {nearest(self.field, example)}")
+        text = example[self.field]
+        if not isinstance(text, str | bytes):
+            raise ValueError(f"the field {self.field!r} is {text!r:.40}, not text")
+        tokens = self.vocabulary.encode(text).astype(np.min_scalar_type(self.vocabulary.size - 1))
+        return {**{name: value for name, value in example.items() if name != self.field}, "tokens": tokens}
