@@ -162,7 +162,7 @@ def _array(value, field: str, name) -> np.ndarray:
     try:
         return np.asarray(value)
     except ValueError as error:
-        raise BadRecord(f"{name()}: its {field} are no array: {error}") from None
+        raise BadRecord(f"{name()}: {field!r} is no array: {error}") from None
 
 
 def _are_parts(parts) -> bool:
@@ -302,7 +302,17 @@ class TransformedRows(Examples):
             rng = np.random.default_rng((2, self._seed, index + 1))
             row = {name: array[place] for name, array in whole.items()}
             made.append(apply_transforms(self._transforms, row, rng, f"row {index}"))
+        for index, row in zip(asked.tolist(), made, strict=True):
+            if (shapes := _shapes(row)) != _shapes(made[0]):
+                raise UserError(
+                    f"row_transforms gave row {index} the shapes {shapes}, and row {asked[0]} {_shapes(made[0])}; "
+                    "those of all rows have to be the same"
+                )
         return {name: np.stack([row[name] for row in made])[: len(indices)] for name in made[0]}
+
+
+def _shapes(row: Example) -> dict[str, tuple[int, ...]]:
+    return {name: np.shape(value) for name, value in row.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

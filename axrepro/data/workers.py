@@ -28,7 +28,8 @@ class _Elements:
                 self._at += 1
             parts = [self._cursor.rows(*part) for part in self._ranges]
         except Exception as error:  # it belongs to the run: Grain would tell of it in its own words
-            return {"error": _pack([isinstance(error, UserError), f"{error}" or type(error).__name__])}
+            of_user = isinstance(error, UserError)
+            return {"error": _pack([of_user, str(error) if of_user else f"{type(error).__name__}: {error}"])}
         arrays = {f"{i}/{name}": array for i, part in enumerate(parts) for name, array in part.items()}
         return arrays | {"bad": _pack(dict(self._cursor.bad_records))}
 

@@ -29,6 +29,7 @@ from axrepro.data import (
     TextFiles,
     prefetch,
 )
+from axrepro.data.workers import _Elements
 
 RAW = [bytes([97 + i]) * (5 * i % 43) for i in range(26)]
 MESHES = [MeshShape(), MeshShape(data=2, fsdp=4), MeshShape(data=2, seq=4), MeshShape(data=1, model=8)]
@@ -301,6 +302,17 @@ def test_worker_processes_make_the_same_batches_also_from_another_position(tmp_p
             assert_batches_equal(next(helped), next(alone))
     finally:
         helped.close()
+
+
+def test_an_error_of_a_worker_is_told_with_its_kind(tmp_path):
+    def fail(example, rng):
+        return example["m"]
+
+    (tmp_path / "a.jsonl").write_text('{"n": 1}')
+    source = JsonLines(f"{tmp_path}/a.jsonl", holdout=0)
+    data = Pipeline(batch_size=1, source=source, features=(Feature(name="n"),), transforms=(fail,))
+    element = _Elements(data.cursor("train", 0), [(0, 1)])[0]
+    assert json.loads(element["error"].tobytes()) == [False, "KeyError: 'm'"]
 
 
 def test_what_a_worker_meets_reaches_the_run_as_it_is(tmp_path):

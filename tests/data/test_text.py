@@ -310,8 +310,8 @@ def test_parts_that_do_not_count_need_a_loss_mask():
         ({"text": "\ud800"}, "record 1 is not Unicode"),
         ({"tokens": [[1]]}, r"record 1: its tokens are int64\[1, 1\]"),
         ({"tokens": [0.5]}, r"record 1: its tokens are float64\[1\]"),
-        ({"tokens": [[7], [7, 8]]}, "record 1: its tokens are no array"),
-        ({"tokens": [7, 8], "loss_mask": [[1], [1, 1]]}, "record 1: its loss_mask are no array"),
+        ({"tokens": [[7], [7, 8]]}, "record 1: 'tokens' is no array"),
+        ({"tokens": [7, 8], "loss_mask": [[1], [1, 1]]}, "record 1: 'loss_mask' is no array"),
         ({"tokens": [7, 8], "loss_mask": ["a", "b"]}, "record 1: its loss_mask holds other things than finite numbers"),
         ({"tokens": [7, 8], "loss_mask": [1, None]}, "record 1: its loss_mask holds other things than finite numbers"),
         ({"tokens": [7, 8], "loss_mask": [1, float("nan")]}, "record 1: its loss_mask holds other things"),
@@ -378,6 +378,16 @@ def test_transforms_of_records_draw_once_and_of_rows_in_every_epoch():
     assert sorted(epochs[0]["tokens"].ravel().tolist()) == sorted(epochs[1]["tokens"].ravel().tolist())
     assert len(np.unique(np.stack([epoch["drawn"] for epoch in epochs]))) == 6 * len(opened)
     np.testing.assert_array_equal(opened.rows(np.array([1, 0]))["drawn"], epochs[0]["drawn"][[1, 0]])
+
+
+@pytest.mark.parametrize("extra", [lambda n: {"more": np.zeros(n)}, lambda n: {"more": 1} if n > 4 else {}])
+def test_rows_that_transforms_leave_unlike_are_refused(extra):
+    def widen(row, rng):
+        return {**row, **extra(int(rng.integers(9)))}
+
+    rows = text_of(_Given([{"text": "a"}]), row_transforms=(widen,)).open("train", 0)
+    with pytest.raises(UserError, match=r"gave row \d+ the shapes .* those of all rows have to be the same"):
+        rows.rows(np.arange(20))
 
 
 def test_a_transform_with_another_vocabulary_is_refused():
