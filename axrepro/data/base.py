@@ -195,10 +195,13 @@ class CursorBatches(Batches):
           UserError: if the batch does not divide over the mesh.
         """
         self.cursor = cursor
+        self._closed = False
         self._shardings = batch_shardings(cursor.arrays, mesh, rules)
         self._workers = _start_workers(cursor, self._shardings, workers) if workers else None
 
     def __next__(self) -> dict[str, jax.Array]:
+        if self._closed:
+            raise RuntimeError("these batches were closed")
         if self.cursor.ended:
             raise StopIteration
         load = self.cursor.rows if self._workers is None else self._workers.load()
@@ -225,6 +228,7 @@ class CursorBatches(Batches):
         return self.cursor.reading()
 
     def close(self) -> None:
+        self._closed = True
         if self._workers is not None:
             self._workers.close()
 

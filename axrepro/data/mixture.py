@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from axrepro.data.base import Cursor, Data, Examples, Split
+from axrepro.data.stream import Stream
 from axrepro.errors import UserError, require, require_positive, require_sizes
 
 
@@ -145,6 +146,10 @@ class Mixture(Data):
         own = isinstance(self.rates, Curriculum) or sum(part.rate for part in self.parts) > 0
         require(self, "parts", own, "a rate above 0 in one of them")
         self.rates.check(names)
+        for part in self.parts:
+            if isinstance(part.data, Stream) or part.data.workers:
+                what = "a stream, which is not looked up" if isinstance(part.data, Stream) else "workers of its own"
+                raise UserError(f"the part {part.name!r} has {what}; a mixture takes neither (it has workers itself)")
 
     def _data(self, part: Part) -> Data:
         changes: dict[str, Any] = {"batch_size": self.batch_size}
@@ -184,7 +189,7 @@ class Mixture(Data):
         return np.concatenate([share * some for share, some in zip(shares / shares.sum(), below, strict=True)])
 
     def open(self, split: Split, seed: int) -> Examples:
-        """Those of the parts one after the other."""
+        """Those of all parts, each in its own order and spread evenly, so that the first ones are of all parts too."""
         return _Joined(self._opened(split, seed))
 
     def _opened(self, split: Split, seed: int) -> dict[str, Examples]:
@@ -209,11 +214,9 @@ class Mixture(Data):
         for name, other in others:
             if (found := other.abstract()) != arrays:
                 raise UserError(f"the parts of a mixture give the same arrays; {first} gives {arrays}, {name} {found}")
-            if other.vocab_size != data.vocab_size:
-                raise UserError(
-                    f"the parts of a mixture share a vocabulary; that of {first} has {data.vocab_size} ids, that of "
-                    f"{name} {other.vocab_size}"
-                )
+            one, two = (getattr(each, "vocabulary", each.vocab_size) for each in (data, other))
+            if one != two:
+                raise UserError(f"the parts of a mixture share a vocabulary; {first} has {one}, {name} {two}")
         return arrays
 
     @property
@@ -225,14 +228,18 @@ class Mixture(Data):
 
 
 class _Joined(Examples):
-    """Examples of several kinds, one after the other."""
+    """Examples of several kinds: number k of a part of n stands at (k + 1/2) / n of an epoch."""
 
     def __init__(self, parts: Mapping[str, Examples]):
         self._parts = list(parts.values())
-        self._starts = np.cumsum([0, *(len(part) for part in self._parts)])
+        self._sizes = np.array([len(part) for part in self._parts])
+        places = np.concatenate([(np.arange(size) + 0.5) / size for size in self._sizes.tolist()])
+        order = np.argsort(places, kind="stable")
+        self._part = np.repeat(np.arange(len(self._parts)), self._sizes)[order]
+        self._number = np.concatenate([np.arange(size) for size in self._sizes.tolist()])[order]
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._part)
 
     @property
     def bad_records(self) -> Mapping[int, str]:
@@ -241,16 +248,21 @@ class _Joined(Examples):
         return dict(enumerate(seen))
 
     def stats(self) -> dict[str, int]:
-        stats = [part.stats() for part in self._parts]
-        names = [name for name in stats[0] if all(name in one for one in stats)]
-        return {name: sum(one[name] for one in stats) for name in names}
+        return _joined_stats(self._parts)
 
     def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         indices = np.asarray(indices, np.int64)
         epochs, places = np.divmod(indices, len(self))
-        part = np.searchsorted(self._starts, places, side="right") - 1
-        own = places - self._starts[part] + epochs * np.diff(self._starts)[part]
-        return gather(self._parts, np.where(indices < 0, 0, part), np.where(indices < 0, -1, own))
+        part = self._part[places]
+        own = self._number[places] + epochs * self._sizes[part]
+        return gather(self._parts, part, np.where(indices < 0, -1, own))
+
+
+def _joined_stats(parts: Sequence[Examples]) -> dict[str, int]:
+    """The sums of what all of them have."""
+    stats = [part.stats() for part in parts]
+    names = [name for name in stats[0] if all(name in one for one in stats)]
+    return {name: sum(one[name] for one in stats) for name in names}
 
 
 def gather(
@@ -320,7 +332,7 @@ class MixtureCursor(Cursor):
         }
 
     def stats(self) -> dict[str, int]:
-        return _Joined(self._parts).stats()
+        return _joined_stats(list(self._parts.values()))
 
     def counts(self) -> dict[str, int]:
         return dict(zip(self._parts, self._next.tolist(), strict=True))
@@ -335,7 +347,7 @@ class MixtureCursor(Cursor):
         try:
             batch, counts = operator.index(position["next_batch"]), dict(position["next_example"])
             following = np.array([operator.index(counts[name]) for name in self._parts], np.int64)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             batch, counts, following = -1, {}, np.zeros(0)
         if batch < 0 or len(counts) != len(self._parts) or (following < 0).any():
             raise UserError(

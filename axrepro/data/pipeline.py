@@ -13,6 +13,8 @@ from axrepro.data.transforms.pairs import PairTransform
 from axrepro.errors import UserError, nearest, require
 
 VALID = "valid"
+# those that jax has without 64 bits
+_TYPES = ("bool", "int8", "int16", "int32", "uint8", "uint16", "uint32", "float16", "float32")
 _WINDOW = 8  # blocks among which records are shuffled, where they are read in blocks
 
 
@@ -30,10 +32,10 @@ class Feature:
 
     def __post_init__(self):
         try:
-            valid = np.dtype(self.dtype).kind in "biuf" and self.name != VALID
+            valid = np.dtype(self.dtype).name in _TYPES and self.name != VALID
         except TypeError:
             valid = False
-        require(self, "dtype", valid, f"a type of numbers or bool, such as float32 (and {VALID!r} is no name for it)")
+        require(self, "dtype", valid, f"one of {', '.join(_TYPES)}, with a name other than {VALID!r}")
         whole = all(isinstance(n, int) and n >= 0 for n in self.shape)
         require(self, "shape", whole, "whole numbers, which no example may change")
 

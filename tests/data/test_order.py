@@ -12,6 +12,7 @@ from axrepro.core import UserError
 from axrepro.data import (
     BadRecord,
     BestFit,
+    Bytes,
     Curriculum,
     Data,
     Feature,
@@ -25,6 +26,7 @@ from axrepro.data import (
     Stage,
     Temperature,
     Text,
+    TextFiles,
     permutation,
 )
 from axrepro.data.pipeline import block_permutation
@@ -71,7 +73,7 @@ def draw(example, rng):
 
 
 def numbers(size: int, batch_size=BATCH, **source) -> Pipeline:
-    features = (Feature(name="number", dtype="int64"), Feature(name="drawn", dtype="int64"))
+    features = (Feature(name="number", dtype="int32"), Feature(name="drawn", dtype="int32"))
     return Pipeline(batch_size=batch_size, source=Numbers(size=size, **source), transforms=(draw,), features=features)
 
 
@@ -258,7 +260,7 @@ def replace_names(mixed: Mixture) -> Mixture:
     return Mixture(batch_size=1, parts=parts, rates=Fixed())
 
 
-def test_the_eval_split_of_a_mixture_is_every_part_once():
+def test_the_eval_split_of_a_mixture_is_every_part_once_spread_evenly():
     mixed = mixture([5, 9], [1, 1])
     cursor = mixed.cursor("eval", 0)
     seen = []
@@ -266,7 +268,8 @@ def test_the_eval_split_of_a_mixture_is_every_part_once():
         rows = cursor.rows(0, BATCH)
         seen += rows["number"][rows["valid"]].tolist()
         cursor.advance()
-    assert seen == [*range(5), *range(1000, 1009)]
+    expected = [((k + 0.5) / n, start + k) for start, n in ((0, 5), (1000, 9)) for k in range(n)]
+    assert seen == [number for _, number in sorted(expected)]
 
 
 def test_a_mixture_goes_on_with_other_rates_and_batch_size():
@@ -299,8 +302,6 @@ def test_a_position_of_other_data_is_refused(position):
 
 def test_parts_that_do_not_go_together_are_named(tmp_path):
     (tmp_path / "a.txt").write_text("some text " * 50)
-    from axrepro.data import TextFiles
-
     text = Text(batch_size=1, sequence_length=8, source=TextFiles(f"{tmp_path}/a.txt", separator=" ", holdout=0))
     with pytest.raises(UserError, match=r"the same arrays; text gives .*numbers"):
         Mixture(batch_size=8, parts=(Part(name="text", data=text), Part(name="numbers", data=numbers(5)))).abstract()
@@ -375,8 +376,6 @@ def test_features_that_do_not_fit_are_named():
 
 
 def test_text_keeps_its_order_with_every_packing(tmp_path):
-    from axrepro.data import TextFiles
-
     (tmp_path / "a.txt").write_text("\n".join(f"line {i} " + "x" * (i % 17) for i in range(90)))
     source = TextFiles(f"{tmp_path}/a.txt", separator="\n", holdout=0)
     data = Text(batch_size=BATCH, sequence_length=24, source=source, packing=BestFit())
@@ -384,3 +383,12 @@ def test_text_keeps_its_order_with_every_packing(tmp_path):
     two = taken(data, 5, [(2, 3), (4, 8), (1, 9)])
     for name in one[0]:
         np.testing.assert_array_equal([b[name] for b in one], [b[name] for b in two])
+
+
+def test_what_a_mixture_would_ignore_is_refused():
+    with pytest.raises(UserError, match="the part 'own' has workers of its own"):
+        Mixture(batch_size=8, parts=(Part(name="own", data=replace(numbers(5), workers=2)),))
+    text = Text(batch_size=8, sequence_length=8, source=TextFiles("unused"))
+    other = replace(text, vocabulary=Bytes(extra_ids=5))
+    with pytest.raises(UserError, match=r"share a vocabulary; a has Bytes\(extra_ids=0\), b Bytes\(extra_ids=5\)"):
+        Mixture(batch_size=8, parts=(Part(name="a", data=text), Part(name="b", data=other))).abstract()

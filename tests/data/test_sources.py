@@ -12,8 +12,9 @@ import zstandard
 
 from axrepro.core import UserError
 from axrepro.core.config import override
-from axrepro.data import BadRecord, JsonLines, PythonStdlib, TextFiles
+from axrepro.data import BadRecord, FromFunction, JsonLines, PythonStdlib, TextFiles
 from axrepro.data.sources import files
+from axrepro.data.sources.files import find_files
 
 
 def contents(source, split):
@@ -209,3 +210,21 @@ def test_file_names_that_are_not_utf8_are_files_like_others(tmp_path):
         (tmp_path / os.fsdecode(b"caf\xe9 %d.txt" % i)).write_bytes(b"text")
     source = TextFiles(f"{tmp_path}/*.txt", holdout=3)
     assert len(source.open("train")) + len(source.open("eval")) == 20
+
+
+def test_a_file_found_in_several_ways_is_read_once(tmp_path):
+    for i in range(5):
+        write(tmp_path, f"tree/{i}.txt", b"text")
+    (tmp_path / "tree" / "self").symlink_to(tmp_path / "tree")
+    (tmp_path / "tree" / "link.txt").symlink_to(tmp_path / "tree" / "0.txt")
+    found = find_files((f"{tmp_path}/tree/**/*.txt", f"{tmp_path}/tree/../tree/*.txt"))
+    assert list(found.values()) == [f"{i}.txt" for i in range(5)]
+
+
+def test_records_of_a_function_have_fields():
+    with pytest.raises(BadRecord, match=r"_words\('train'\), record 0 is a str, not fields by name"):
+        FromFunction(_words).open("train")[0]
+
+
+def _words(split):
+    return ["word"]

@@ -10,10 +10,11 @@ import sysconfig
 import threading
 import zlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -95,7 +96,11 @@ def find_files(pattern: str | tuple[str, ...]) -> dict[str, str]:
             found.setdefault(path, Path(path).relative_to(base).as_posix())
     if not found:
         raise UserError(f"the pattern {pattern!r} names no files")
-    return dict(sorted(found.items(), key=lambda item: (item[1], item[0])))
+    # a file that is found in several ways, through links or folders that hold links to themselves, is one file
+    by_file = {}
+    for path, key in sorted(found.items(), key=lambda item: (len(item[1]), item[1], item[0])):
+        by_file.setdefault(os.path.realpath(path), (path, key))
+    return dict(sorted(by_file.values(), key=lambda item: (item[1], item[0])))
 
 
 class WholeFiles(Records):
@@ -409,14 +414,17 @@ def open_pieces(
 
 
 class _FromPython(Records):
-    def __init__(self, records: Sequence[Example], what: str):
+    def __init__(self, records: Sequence[Any], what: str):
         self._records, self._what = records, what
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        return self._records[index]
+        record = self._records[index]
+        if not isinstance(record, Mapping):
+            raise BadRecord(f"{self.name(index)} is a {type(record).__name__}, not fields by name")
+        return dict(record)
 
     def name(self, index: int) -> str:
         return f"{self._what}, record {index}"
@@ -431,7 +439,7 @@ class FromFunction(Source):
       function: gives it for a split. Worker processes need it to be picklable.
     """
 
-    function: Callable[[Split], Sequence[Example]]
+    function: Callable[[Split], Sequence[Any]]
 
     def __repr__(self) -> str:
         return function_name(self.function)
