@@ -270,9 +270,13 @@ def read_index(prefix: str) -> Index | None:
         index = Index(**told)
         if len(index.records) != len(index.sizes) or not all(isinstance(n, int) for n in index.records + index.sizes):
             raise ValueError("it has another number of records than of sizes")
+        if min(index.records + index.sizes, default=0) < 0 or not isinstance(index.fields, dict):
+            raise ValueError("its numbers are below 0, or its fields no object")
+        if index.vocabulary is not None and set(index.vocabulary) != {"name", "fingerprint"}:
+            raise ValueError("its vocabulary is no name and fingerprint")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} is no index of the shards beside it: {error}; write them anew") from None
     return index
 

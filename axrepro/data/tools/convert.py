@@ -200,9 +200,7 @@ def begin(output: str, plan: dict) -> Index | None:
     return None
 
 
-def finish(
-    output: str, plan: dict, shards: Sequence[Shard], vocabulary: tuple[str, str] | None, counts: dict
-) -> Index:
+def finish(output: str, plan: dict, shards: Sequence[Shard], vocabulary: tuple[str, str] | None, counts: dict) -> Index:
     """Writes the index of what `begin` began; see `write_index`."""
     made_from = sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     index = write_index(output, shards, vocabulary, made_from, counts)
