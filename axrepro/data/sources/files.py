@@ -428,7 +428,8 @@ class FromFunction(Source):
     function: Callable[[Split], Sequence[Example]]
 
     def __repr__(self) -> str:
-        return f"{self.function.__module__}.{self.function.__qualname__}"
+        named = getattr(self.function, "__qualname__", None)  # which a functools.partial lacks
+        return f"{self.function.__module__}.{named}" if named else repr(self.function)
 
     def open(self, split: Split) -> Records:
         records = self.function(split)

@@ -1,8 +1,9 @@
 """What a batch holds, for a person to look at: decoded text with its boundaries and masks, pictures, sound, speed."""
 
+import math
 import textwrap
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from axrepro.data.base import Batches, Data
 from axrepro.data.mixture import Mixture
+from axrepro.data.transforms.image_augmentation import MultiCrop
 from axrepro.data.vocabulary import Vocabulary
 from axrepro.errors import UserError
 
@@ -39,7 +41,10 @@ def show(data: Data, batches: Batches, number: int, folder: Path) -> Iterator[st
         yield ""
         yield f"example {place}"
         yield from describe_row(row, vocabulary)
-    yield from _pictures(data, rows[:number], folder)
+    try:
+        yield from _pictures(data, rows[:number], folder)
+    except OSError as error:
+        raise UserError(f"cannot write pictures to {folder}: {error.strerror}; give another --pictures=DIR") from None
 
 
 def vocabulary_of(data: Data) -> Vocabulary | None:
@@ -105,13 +110,24 @@ def _summary(value: np.ndarray) -> str:
     return f"{kind} {value.min():.4g} to {value.max():.4g}, mean {value.mean(dtype=np.float64):.4g}"
 
 
+def _each(transforms: Iterable) -> Iterator[Any]:
+    """All transforms, those of views of a `MultiCrop` included."""
+    for transform in transforms:
+        if isinstance(transform, tuple):
+            yield from _each(transform)
+        elif isinstance(transform, MultiCrop):
+            yield from _each((*transform.global_views, *transform.local_views))
+        else:
+            yield transform
+
+
 def _pictures(data: Data, rows: list[dict[str, np.ndarray]], folder: Path) -> Iterator[str]:
     from axrepro.data.tools.pictures import audio_sheet, image_sheet
     from axrepro.data.transforms.audio import DecodeAudio, LogMel
     from axrepro.data.transforms.images import NormaliseImage
 
     def find(kind) -> Any:
-        return next((t for t in getattr(data, "transforms", ()) if isinstance(t, kind)), None)
+        return next((t for t in _each(getattr(data, "transforms", ())) if isinstance(t, kind)), None)
 
     for name, value in rows[0].items() if rows else ():
         path = folder / f"{name}.png"
@@ -134,8 +150,8 @@ def _pictures(data: Data, rows: list[dict[str, np.ndarray]], folder: Path) -> It
 
 def throughput(batches: Batches, seconds: float) -> Iterator[str]:
     """Lines about how fast batches come, and how full they are, over so many seconds."""
-    if seconds <= 0:
-        raise UserError(f"--seconds={seconds:g} must be above 0")
+    if not 0 < seconds < math.inf:
+        raise UserError(f"--seconds={seconds:g} must be a number above 0")
     next(batches)  # what happens once, happens here
     start, rows, places, filled, size = time.perf_counter(), 0, 0, 0, 0
     number = 0
