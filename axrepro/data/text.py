@@ -373,7 +373,7 @@ class Text(Data):
         return TransformedRows(rows, self.row_transforms, seed) if self.row_transforms else rows
 
     def _encoded(self, records: Records, split: Split, seed: int, faults: Faults) -> MemoryStore:
-        encoded, raw_bytes = [], 0
+        encoded, raw_bytes = [], []
         for index in range(len(records)):
             try:
                 example = records[index]
@@ -389,10 +389,10 @@ class Text(Data):
                     f"{records.name(index)} has parts that do not count in the loss: set loss_mask=True in the data"
                 )
             encoded.append((_narrow(ids, self.vocabulary), weights))
-            raw_bytes += _raw_bytes(example, self.field)
+            raw_bytes.append(_raw_bytes(example, self.field))
         if not any(len(ids) for ids, _ in encoded):
             raise UserError(f"all {len(encoded)} documents of {self.source} in the {split} split are empty")
-        return MemoryStore(encoded, self.vocabulary, raw_bytes)
+        return MemoryStore(encoded, self.vocabulary, 0 if None in raw_bytes else sum(raw_bytes))
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         shape = (self.batch_size, self.sequence_length)
@@ -416,13 +416,9 @@ def _narrow(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     return ids.astype(np.min_scalar_type(vocabulary.size - 1))
 
 
-def _raw_bytes(example: Example, field: str) -> int:
-    if "parts" in example and "tokens" not in example:
-        texts = [text for text, _ in example["parts"]]
-    else:
-        texts = [example.get(field)]  # beside tokens it may be anything
-    return sum(
-        len(text.encode(errors="replace") if isinstance(text, str) else text)
-        for text in texts
-        if isinstance(text, (str, bytes))
-    )
+def _raw_bytes(example: Example, field: str) -> int | None:
+    """Of the text that was encoded; None if it came as tokens."""
+    if "tokens" in example:
+        return None
+    texts = [text for text, _ in example["parts"]] if "parts" in example else [example[field]]
+    return sum(len(text.encode(errors="replace") if isinstance(text, str) else text) for text in texts)

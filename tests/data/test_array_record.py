@@ -223,6 +223,23 @@ def test_lengths_that_do_not_fit_are_named(copy):
         ArrayRecords(f"{copy}/all-*").open("train")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocabulary": "bytes"},
+        {"vocabulary": {"name": "bytes"}},
+        {"fields": ["tokens"]},
+        {"records": [-1, 1], "sizes": [1, 1]},
+    ],
+)
+def test_an_index_of_another_schema_is_named(tmp_path, change):
+    write_array_records([{"text": "a"}], str(tmp_path / "a"))
+    index = tmp_path / "a.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), **change}))
+    with pytest.raises(UserError, match=r"a\.json is no index of the shards"):
+        ArrayRecords(str(tmp_path / "a-*"), holdout=0).open("train")
+
+
 def test_the_index_of_other_shards_is_named(copy):
     index = json.loads((copy / "all.json").read_text())
     for change in ({"records": [1]}, {"sizes": index["sizes"][:3]}, {"records": None}, {"unknown": 1}):

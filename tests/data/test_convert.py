@@ -57,6 +57,12 @@ def test_records_keep_their_order_and_transforms_apply(tmp_path):
     assert len({record["drawn"] for record in records}) > 50
 
 
+def test_tokens_that_are_written_again_keep_their_vocabulary(tmp_path):
+    convert(RECORDS, f"{tmp_path}/a", vocabulary=Bytes())
+    index = convert(ArrayRecords(f"{tmp_path}/a-*", holdout=0).open("train"), f"{tmp_path}/b", shards=2)
+    assert index.vocabulary == {"name": "bytes", "fingerprint": Bytes.fingerprint}
+
+
 def test_more_shards_than_records_leave_some_empty(tmp_path):
     index = convert(RECORDS[:2], f"{tmp_path}/a", shards=5, vocabulary=Bytes())
     assert index.records == (0, 0, 1, 0, 1)

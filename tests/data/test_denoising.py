@@ -353,6 +353,16 @@ def test_every_pair_of_cuts_is_equally_likely():
     assert stats.chisquare([found.count(pair) for pair in drawn], list(drawn.values())).pvalue > 1e-3
 
 
+def test_documents_that_are_cut_leave_the_bytes_of_the_text_unknown_and_not_too_few(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(20)))
+    source = JsonLines(str(tmp_path / "a.jsonl"), holdout=0)
+    for rate, known in ((0.0, True), (0.5, False)):
+        fim = FillInTheMiddle(vocabulary=VOCABULARY, rate=rate)
+        data = Text(batch_size=1, sequence_length=32, source=source, vocabulary=VOCABULARY, transforms=(fim,))
+        stats = data.open("train", 0).stats()
+        assert stats["bytes"] == (stats["tokens"] - 20 if known else 0)
+
+
 def test_marks_of_a_published_vocabulary_are_given_by_id():
     fill = FillInTheMiddle(vocabulary=Bytes(), rate=1.0, spm_rate=0.0, marks=(5, 6, 7))
     ids = fill({"text": "abcdef"}, np.random.default_rng(0))["tokens"]
@@ -364,6 +374,8 @@ def test_fill_in_the_middle_refuses_what_it_cannot_cut_or_mark():
     rng = np.random.default_rng(0)
     with pytest.raises(UserError, match="no field 'text' to cut; did you mean 'texts'"):
         FillInTheMiddle(vocabulary=VOCABULARY)({"texts": "a"}, rng)
+    with pytest.raises(UserError, match="the field 'text' is 5, not text"):
+        FillInTheMiddle(vocabulary=VOCABULARY, rate=1.0)({"text": 5}, rng)
     with pytest.raises(UserError, match="3 sentinels are needed"):
         FillInTheMiddle(vocabulary=Bytes(), rate=1.0)({"text": "a"}, rng)
     with pytest.raises(UserError, match=r"FillInTheMiddle\.rate=2"):

@@ -198,7 +198,21 @@ def test_what_a_template_raises_is_told():
         parts(Chat(template=refusing), (SYSTEM, *TALK[1:]))
 
 
-@pytest.mark.parametrize("template", ["chatlm", "{% for %}", "{{ x"])
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{% for i in range(10**9) %}x{% endfor %}", "OverflowError: Range too big"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ 'x'.encode('nothing') }}", "LookupError"),
+    ],
+)
+def test_a_template_whose_computation_fails_is_told_like_one_that_refuses(template, told):
+    with pytest.raises(UserError, match=rf"refuses the first 1 message\(s\): {told}"):
+        parts(Chat(template=template), TALK)
+
+
+@pytest.mark.parametrize("template", ["chatlm", "{% for %}", "{{ x", "{{ " + "(" * 3000 + ")" * 3000 + " }}"])
 def test_a_wrong_template_is_named(template):
     with pytest.raises(UserError, match=r"Chat\.template.*jinja2"):
         parts(Chat(template=template), TALK)

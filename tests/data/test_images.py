@@ -155,6 +155,9 @@ def test_eval_captions_are_a_file_of_their_own(captioned):
     [
         ("a.jsonl", '{"file_name": "sub/1.png", "text": "a"}\n{"file_name"\n', r"a\.jsonl:2 is not JSON"),
         ("a.jsonl", "\n[1]\n", r"a\.jsonl:2 holds a JSON list"),
+        ("a.tsv", "file_name\ttext\nsub/../../1.png\ta", r"a\.tsv:2 names .*which is not below"),
+        ("a.tsv", "file_name\ttext\n/etc/1.png\ta", r"a\.tsv:2 names '/etc/1\.png', which is not below"),
+        ("a.tsv", "file_name\ttext\na\0.png\ta", r"a\.tsv:2 names .*which is not below"),
         ("a.jsonl", '{"file_name": "sub/1.png", "txt": "a"}', r"a\.jsonl:1 has no field 'text'; did you mean 'txt'"),
         ("a.jsonl", '{"file_name": 1, "text": "a"}', r"a\.jsonl:1: the field 'file_name' is 1, not a text"),
         ("a.tsv", "file_name\ttext\nsub/1.png\ta\nsub/1.png\n", r"a\.tsv:3 has 1 columns, and the first line names 2"),

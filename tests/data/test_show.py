@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from axrepro.data import DecodeImage, MultiCrop, NormaliseImage
 from axrepro.data.__main__ import main
+from axrepro.data.tools.show import _each
 
 
 @pytest.fixture
@@ -51,6 +53,29 @@ def nothing():
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
     sys.modules.pop("mine", None)
+
+
+def test_a_wrong_speed_or_folder_of_pictures_is_one_line(folder, capsys):
+    (folder / "file").write_text("")
+    (folder / "pictured.py").write_text(
+        "import numpy as np\nfrom functools import partial\nfrom axrepro.data import *\n"
+        "def records(number, split):\n    return [{'image': np.zeros((4, 4, 3), np.uint8)}] * number\n"
+        "def views():\n    return Pipeline(batch_size=2, source=FromFunction(partial(records, 4)),"
+        " features=(Feature(name='image', shape=(4, 4, 3), dtype='uint8'),))\n"
+    )
+    for argument, message in (
+        ("--seconds=nan", "must be a number above 0"),
+        ("--pictures=file/x", "cannot write pictures"),
+    ):
+        assert main(["--data=pictured:views", "--show=1", "--seconds=0.05", argument]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+
+
+def test_normalising_within_views_is_found():
+    views = MultiCrop.dino(num_local=1, global_size=8, local_size=4)
+    (found, *_) = [t for t in _each((DecodeImage(), views)) if isinstance(t, NormaliseImage)]
+    assert found == NormaliseImage()
 
 
 def shown(capsys, *argv) -> str:
@@ -98,6 +123,9 @@ def test_pictures_and_sound_are_saved(folder, capsys):
 def test_what_an_encoder_reads_is_decoded_too(folder, capsys):
     out = shown(capsys, "--data=mine:corrupted", "--show=1")
     assert re.search(r"inputs +int32\[\d+\].*\n    Speech", out)
+    inputs, targets = out.split("inputs ")[1], out.split("inputs ")[0]
+    assert "⟨278⟩" in inputs.split("inputs_segment_ids")[0]  # where the first span was, and what it was
+    assert "⟨278⟩" in targets
     assert re.search(r"segment 1: places 0 to \d+", out)
 
 

@@ -127,8 +127,9 @@ def test_a_vocabulary_never_takes_the_place_of_another_file(tmp_path):
     with pytest.raises(UserError, match=r"taken\.model exists"):
         train_vocab(RECORDS, str(taken), size=600)
     assert taken.read_text() == "precious"
+    untouched = (pytest.fail("text was read") for _ in range(1))
     with pytest.raises(UserError, match=r"cannot write .*gone"):
-        train_vocab(RECORDS, str(tmp_path / "gone/a.json"), size=400, kind="bpe")
+        train_vocab(untouched, str(tmp_path / "gone/a.json"), size=400, kind="bpe")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,7 +159,7 @@ def test_the_command_trains_on_files_and_tells_the_compression(tmp_path, capsys)
     )
     (tmp_path / "b.txt").write_text(CODE)
     output = tmp_path / "v.json"
-    inputs = ["--input", str(tmp_path / "a.jsonl"), "--field=code"]
+    inputs = ["--input", str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt"), "--field=code"]
     assert main([*inputs, f"--output={output}", "--size=500", "--kind=bpe", "--extra_ids=3"]) == 0
     out = capsys.readouterr().out
     assert f"HuggingFace(path={str(output)!r}, eos='</s>', pad='<pad>', parse_special=False): 500 ids" in out
@@ -171,11 +172,13 @@ def test_the_command_trains_on_files_and_tells_the_compression(tmp_path, capsys)
     [
         (["--output={}/v", "--size=500"], "--input"),
         (["--input={}/none.txt", "--output={}/v", "--size=500"], "no file matches"),
+        (["--input={}/a.jsonl", "--output={}/v", "--size=500", "--field=code"], "a.jsonl:2 has no field 'code'"),
         (["--input={}/none.txt", "--output={}/v", "--size=many"], "invalid int value: 'many'"),
         (["--input={}/none.txt", "--output={}/v", "--size=9", "--kind=wordpiece"], "invalid choice: 'wordpiece'"),
     ],
 )
 def test_a_wrong_command_is_one_line_and_exit_code_2(arguments, message, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"code": "x"}\n{"text": "y"}\n')
     assert main([argument.format(tmp_path) for argument in arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("axrepro: error: ")

@@ -270,9 +270,13 @@ def read_index(prefix: str) -> Index | None:
         index = Index(**told)
         if len(index.records) != len(index.sizes) or not all(isinstance(n, int) for n in index.records + index.sizes):
             raise ValueError("it has another number of records than of sizes")
+        if min(index.records + index.sizes, default=0) < 0 or not isinstance(index.fields, dict):
+            raise ValueError("its numbers are below 0, or its fields no object")
+        if index.vocabulary is not None and set(index.vocabulary) != {"name", "fingerprint"}:
+            raise ValueError("its vocabulary is no name and fingerprint")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} is no index of the shards beside it: {error}; write them anew") from None
     return index
 
@@ -403,12 +407,14 @@ def read_shard(path: str) -> Shard:
 def write_index(
     prefix: str,
     shards: Sequence[Shard],
-    vocabulary: Vocabulary | None = None,
+    vocabulary: tuple[str, str] | None = None,
     made_from: str = "",
     counts: dict[str, int] | None = None,
 ) -> Index:
     """Writes what lies beside complete shards: the lengths, where there are tokens, then PREFIX.json.
 
+    Args:
+      vocabulary: name and fingerprint of the one that made the tokens.
     Raises:
       UserError: if some records have `tokens` and others have none.
     """
@@ -426,7 +432,7 @@ def write_index(
         payload=sum(shard.payload for shard in shards),
         tokens=int(lengths.sum()) if len(lengths) else None,
         fields={name: sorted(kinds) for name, kinds in fields.items()},
-        vocabulary=None if vocabulary is None else {"name": vocabulary.name, "fingerprint": vocabulary.fingerprint},
+        vocabulary=None if vocabulary is None else dict(zip(("name", "fingerprint"), vocabulary, strict=True)),
         made_from=made_from,
         counts=counts or {},
     )
@@ -457,7 +463,7 @@ def write_array_records(
         bounds = range(len(records) * number // shards, len(records) * (number + 1) // shards)
         path = shard_path(prefix, number, shards, SUFFIX)
         written.append(write_shard(path, (records[index] for index in bounds)))
-    return write_index(prefix, written, vocabulary)
+    return write_index(prefix, written, None if vocabulary is None else (vocabulary.name, vocabulary.fingerprint))
 
 
 def _open_reader(path: str):

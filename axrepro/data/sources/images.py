@@ -194,7 +194,10 @@ class CaptionedImages(Source):
                 raise BadRecord(f"{place} has no field {name!r}; {nearest(name, record)}")
             if not isinstance(record[name], str) or not record[name]:
                 raise BadRecord(f"{place}: the field {name!r} is {record[name]!r:.40}, not a text")
-        return record[self.name_field], record[self.text_field]
+        picture = record[self.name_field]
+        if os.path.isabs(picture) or ".." in picture.split("/") or "\0" in picture:
+            raise BadRecord(f"{place} names {picture!r:.100}, which is not below {self.folder}")
+        return picture, record[self.text_field]
 
 
 def _is_table(path: str) -> bool:

@@ -92,7 +92,10 @@ def convert(
     else:
         written, read = _in_one_pass(records, paths, put)
     kept = sum(shard.records for shard in written)
-    return finish(output, plan, written, vocabulary, {"read": read, "bad": read - kept, "written": kept})
+    made_with = records.vocabulary if isinstance(records, Records) else None  # of tokens that are there already
+    if vocabulary is not None:
+        made_with = vocabulary.name, vocabulary.fingerprint
+    return finish(output, plan, written, made_with, {"read": read, "bad": read - kept, "written": kept})
 
 
 _Put = Callable[[ArrayRecordWriter, int, Callable[[], Example]], None]
@@ -180,8 +183,8 @@ def begin(output: str, plan: dict) -> Index | None:
     return None
 
 
-def finish(output: str, plan: dict, shards: Sequence[Shard], vocabulary: Vocabulary | None, counts: dict) -> Index:
-    """Writes the index of what `begin` began."""
+def finish(output: str, plan: dict, shards: Sequence[Shard], vocabulary: tuple[str, str] | None, counts: dict) -> Index:
+    """Writes the index of what `begin` began; see `write_index`."""
     made_from = sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     index = write_index(output, shards, vocabulary, made_from, counts)
     Path(f"{output}.plan.json").unlink(missing_ok=True)

@@ -187,7 +187,8 @@ def preprocess(
         raise RuntimeError(f"records were lost or made: {counts} of {len(records)}")
     if counts["bad"] > max_bad_records:
         raise UserError(f"{counts['bad']} bad records of {len(records)}, and max_bad_records={max_bad_records}")
-    index = finish(output, plan, written, vocabulary, counts)
+    made_with = records.vocabulary if vocabulary is None else (vocabulary.name, vocabulary.fingerprint)
+    index = finish(output, plan, written, made_with, counts)
     shutil.rmtree(f"{output}.work")
     return index
 

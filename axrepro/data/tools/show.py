@@ -1,8 +1,9 @@
 """What a batch holds, for a person to look at: decoded text with its boundaries and masks, pictures, sound, speed."""
 
+import math
 import textwrap
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from axrepro.data.base import Batches, Data
 from axrepro.data.mixture import Mixture
+from axrepro.data.transforms.image_augmentation import MultiCrop
 from axrepro.data.vocabulary import Vocabulary
 from axrepro.errors import UserError
 
@@ -42,7 +44,7 @@ def show(data: Data, batches: Batches, number: int, folder: Path) -> Iterator[st
     try:
         yield from _pictures(data, rows[:number], folder)
     except OSError as error:
-        raise UserError(f"cannot write pictures to {folder}: {error}") from None
+        raise UserError(f"cannot write pictures to {folder}: {error.strerror}; give another --pictures=DIR") from None
 
 
 def vocabulary_of(data: Data) -> Vocabulary | None:
@@ -76,7 +78,7 @@ def _others(row: Mapping[str, np.ndarray], vocabulary: Vocabulary | None) -> Ite
     for name, value in row.items():
         yield f"  {name:<16} {_summary(value)}"
         if vocabulary is not None and name.endswith(("inputs", "tokens")):
-            yield from _wrapped(vocabulary.decode(value), "    ")
+            yield from _wrapped(_decoded(value, vocabulary), "    ")
 
 
 def _masked(targets: np.ndarray, weights: np.ndarray | None, vocabulary: Vocabulary) -> str:
@@ -86,9 +88,21 @@ def _masked(targets: np.ndarray, weights: np.ndarray | None, vocabulary: Vocabul
     cuts = np.flatnonzero(np.diff(weights != 0)) + 1
     parts = []
     for run, counts in zip(np.split(targets, cuts), np.split(weights != 0, cuts), strict=True):
-        text = vocabulary.decode(run) + ("¶" if run[-1] == vocabulary.eos_id else "")
+        text = _decoded(run, vocabulary) + ("¶" if run[-1] == vocabulary.eos_id else "")
         parts.append(text if counts[0] else f"⟦{text}⟧")
     return "".join(parts)
+
+
+def _decoded(ids: np.ndarray, vocabulary: Vocabulary) -> str:
+    """The text of ids, with sentinels and other special ones as ⟨id⟩, which `decode` leaves out."""
+    plain = (vocabulary.pad_id, vocabulary.eos_id)
+    special = {i for i in set(ids.tolist()) if i not in plain and not vocabulary.decode([i])}
+    parts, start = [], 0
+    for place, i in enumerate(ids.tolist()):
+        if i in special:
+            parts += [vocabulary.decode(ids[start:place]), f"⟨{i}⟩"]
+            start = place + 1
+    return "".join([*parts, vocabulary.decode(ids[start:])])
 
 
 def _wrapped(text: str, indent: str) -> Iterator[str]:
@@ -108,13 +122,24 @@ def _summary(value: np.ndarray) -> str:
     return f"{kind} {value.min():.4g} to {value.max():.4g}, mean {value.mean(dtype=np.float64):.4g}"
 
 
+def _each(transforms: Iterable) -> Iterator[Any]:
+    """All transforms, those of views of a `MultiCrop` included."""
+    for transform in transforms:
+        if isinstance(transform, tuple):
+            yield from _each(transform)
+        elif isinstance(transform, MultiCrop):
+            yield from _each((*transform.global_views, *transform.local_views))
+        else:
+            yield transform
+
+
 def _pictures(data: Data, rows: list[dict[str, np.ndarray]], folder: Path) -> Iterator[str]:
     from axrepro.data.tools.pictures import audio_sheet, image_sheet
     from axrepro.data.transforms.audio import DecodeAudio, LogMel
     from axrepro.data.transforms.images import NormaliseImage
 
     def find(kind) -> Any:
-        return next((t for t in getattr(data, "transforms", ()) if isinstance(t, kind)), None)
+        return next((t for t in _each(getattr(data, "transforms", ())) if isinstance(t, kind)), None)
 
     for name, value in rows[0].items() if rows else ():
         path = folder / f"{name}.png"
@@ -137,8 +162,8 @@ def _pictures(data: Data, rows: list[dict[str, np.ndarray]], folder: Path) -> It
 
 def throughput(batches: Batches, seconds: float) -> Iterator[str]:
     """Lines about how fast batches come, and how full they are, over so many seconds."""
-    if not seconds > 0:
-        raise UserError(f"--seconds={seconds:g} must be above 0")
+    if not 0 < seconds < math.inf:
+        raise UserError(f"--seconds={seconds:g} must be a number above 0")
     next(batches)  # what happens once, happens here
     start, rows, places, filled, size = time.perf_counter(), 0, 0, 0, 0
     number = 0

@@ -75,6 +75,8 @@ def train_vocab(
     target = Path(path)
     if target.exists():
         raise UserError(f"{path} exists, and texts may have been encoded with it; give another name, or delete it")
+    if not os.access(target.parent, os.W_OK):  # told before hours of training, not after
+        raise UserError(f"cannot write {path}; name a file in a folder that is there and can be written")
     sentences, evaluate = _samples(_sentences(records, field), max_sentences, seed)
     if not sentences:
         raise UserError("there is no text to train a vocabulary on")
@@ -96,14 +98,18 @@ def train_vocab(
 def _sentences(records: Iterable[Example], field: str) -> Iterator[str]:
     """The lines of all texts in pieces of at most `_LONGEST`, with their line feeds; empty ones are left out."""
     for number, record in enumerate(records):
-        if field not in record:
-            raise UserError(f"record {number} has no field {field!r}; {nearest(field, record)}")
-        try:
-            text = record[field].decode() if isinstance(record[field], bytes) else str(record[field])
-        except UnicodeDecodeError as error:
-            raise UserError(f"record {number} is not UTF-8 (byte {error.start}); convert or remove it") from None
+        text = _text(record, field, f"record {number}")
         lines = (line for line in io.StringIO(text, newline="\n") if line != "\n")
         yield from (line[start : start + _LONGEST] for line in lines for start in range(0, len(line), _LONGEST))
+
+
+def _text(record: Example, field: str, name: str) -> str:
+    if field not in record:
+        raise UserError(f"{name} has no field {field!r}; {nearest(field, record)}")
+    try:
+        return record[field].decode() if isinstance(record[field], bytes) else str(record[field])
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 (byte {error.start}); convert or remove it") from None
 
 
 def _samples(sentences: Iterator[str], most: int, seed: int) -> tuple[list[str], list[str]]:
@@ -216,20 +222,22 @@ def _parser() -> Parser:
     return parser
 
 
-def _records(patterns: list[str]) -> Iterator[Example]:
-    """Objects of JSON lines, and lines of other files."""
+def _records(patterns: list[str], field: str) -> Iterator[Example]:
+    """The texts in `field` of JSON lines, and lines of other files, under that name too."""
     for pattern in patterns:
         bare = pattern.removesuffix(".gz").removesuffix(".zst")
         json_lines = bare.endswith((".json", ".jsonl", ".ndjson"))
         source = JsonLines(pattern, holdout=0) if json_lines else TextFiles(pattern, holdout=0, separator="\n")
-        yield from source.open("train")
+        records = source.open("train")
+        for number, record in enumerate(records):
+            yield {field: _text(record, field if json_lines else "text", records.name(number))}
 
 
 def run(argv: Sequence[str]) -> int:
     """The command; returns the exit code. Raises UserError for wrong input."""
     args = _parser().parse_args(argv)
     given = {name: value for name, value in vars(args).items() if name not in ("input", "output")}
-    trained = train_vocab(_records(args.input), args.output, **given)
+    trained = train_vocab(_records(args.input, args.field), args.output, **given)
     vocabulary = trained.vocabulary
     print(f"{vocabulary}: {vocabulary.size} ids from {trained.sentences} sentences")
     print(f"{trained.bytes_per_token:.3f} bytes per token in {trained.held_out_bytes} bytes of lines held out")

@@ -270,6 +270,8 @@ class FillInTheMiddle:
         if rng.random() >= self.rate:
             return example
         text = example[self.field]
+        if not isinstance(text, str | bytes):
+            raise UserError(f"the field {self.field!r} is {text!r:.40}, not text")
         text = text.decode() if isinstance(text, bytes) else text
         first, second = np.sort(rng.integers(0, len(text) + 1, 2))
         prefix, middle, suffix = map(self.vocabulary.encode, (text[:first], text[first:second], text[second:]))

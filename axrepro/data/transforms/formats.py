@@ -155,9 +155,10 @@ def _compiled(template: str):
     known["raise_exception"] = refuse
     try:
         return environment.from_string(template)
-    except TemplateError as error:
+    except (TemplateError, RecursionError) as error:
+        told = getattr(error, "message", error)
         raise UserError(
-            f"Chat.template is no template of jinja2 (line {getattr(error, 'lineno', '?')}: {error.message})"
+            f"Chat.template is no template of jinja2 (line {getattr(error, 'lineno', '?')}: {told})"
         ) from None
 
 
@@ -249,8 +250,9 @@ class Chat:
             return template.render(
                 messages=messages, add_generation_prompt=prompt, tools=None, documents=None, **dict(self.variables)
             )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"the chat template refuses the first {len(messages)} message(s): {error}") from None
+        except Exception as error:  # a template computes, so it can fail in any way: 1 / 0, no end of a recursion ...
+            told = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+            raise UserError(f"the chat template refuses the first {len(messages)} message(s): {told}") from None
 
     def _broken(self, turn: int, shorter: str, longer: str) -> UserError:
         place = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(longer))
