@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from axrepro.data import Bytes
-from axrepro.data import preprocess as module
 from axrepro.data.__main__ import main as command
 from axrepro.data.records import BadRecord
 from axrepro.data.sources.array_record import ArrayRecords
+from axrepro.data.tools import preprocess as module
 from axrepro.data.tools.minhash import MinHash, normalised, shingles
 from axrepro.data.tools.preprocess import preprocess
 from axrepro.errors import UserError
@@ -123,7 +123,7 @@ def test_what_stays_is_what_a_loop_over_all_pairs_leaves(made):
     assert index.counts == counts
     assert all(counts.values())
     assert counts["read"] == sum(counts.values()) - counts["read"]
-    records = list(ArrayRecords(f"{folder}/a-*", holdout=0, vocabulary=Bytes()).open("train"))
+    records = list(ArrayRecords(f"{folder}/a-*", holdout=0).open("train"))
     assert [(r["number"], Bytes().decode(r["tokens"])) for r in records] == [(r["number"], r["text"]) for r in stay]
     assert index.tokens == sum(len(record["text"]) for record in stay)
     assert len(index.records) == 5
