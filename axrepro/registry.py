@@ -37,8 +37,11 @@ def folder() -> Path:
     """The `experiments` package: that of the working directory, else the installed one.
 
     Raises:
-      UserError: if there is none.
+      UserError: if there is none, or that of the working directory is no package and would be passed over.
     """
+    here = Path("experiments")
+    if here.is_dir() and any(here.glob("*.py")) and not (here / "__init__.py").exists():
+        raise UserError(f"{here.resolve()} has no __init__.py, without which Python does not take it; add an empty one")
     spec = importlib.util.find_spec("experiments")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("no experiments/ folder: run from a checkout, or install the package with pip install -e .")

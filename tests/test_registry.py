@@ -85,3 +85,13 @@ def test_the_list_shows_each_experiment_with_its_description(capsys):
     for entry, line in zip(ENTRIES, lines, strict=True):
         assert line.split("  ")[0].strip() == entry.name
         assert line.endswith(entry.description)
+
+
+def test_a_folder_of_experiments_that_python_would_pass_over_is_told(tmp_path, monkeypatch):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "mine.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"experiments has no __init__\.py.*add an empty one"):
+        registry.folder()
+    (tmp_path / "experiments" / "__init__.py").touch()
+    registry.folder()

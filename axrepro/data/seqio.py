@@ -160,6 +160,10 @@ class SeqIO(Stream):
         features = [provider.output_features[name] for name, _ in self.task_feature_lengths]
         return max(feature.vocabulary.vocab_size for feature in features)
 
+    def endless(self, split: Split) -> bool:
+        seqio, _ = _libraries()
+        return split == "train" and isinstance(_find(self.task, self.modules)[0], seqio.Mixture)
+
     def _converter(self):
         seqio, _ = _libraries()
         make = self.converter
@@ -180,7 +184,6 @@ class SeqIO(Stream):
         if self.cache_dir is not None:
             _use_cache(tasks, self.cache_dir)
         seed = int(np.random.SeedSequence([seed % 2**64, epoch]).generate_state(1)[0] >> 1) if split == "train" else 0
-        endless = split == "train" and isinstance(provider, seqio.Mixture)
         options = tf.data.Options()
         options.deterministic = True
         with _named(self.task, name), _building:
@@ -192,7 +195,7 @@ class SeqIO(Stream):
                 dataset_split=name,
                 use_cached=self.cache_dir is not None,
                 shuffle=self.shuffle and split == "train",
-                num_epochs=None if endless else 1,
+                num_epochs=None if self.endless(split) else 1,
                 shard_info=seqio.ShardInfo(index=shard, num_shards=self.shards) if self.shards > 1 else None,
                 verbose=False,
                 seed=seed,

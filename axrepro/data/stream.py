@@ -21,8 +21,8 @@ class Stream(Data):
     A run sees the same batches whether or not it was interrupted, and on any number of hosts, as long as the files, the
     number of shards, and the versions of the libraries that read them stay the same. To continue, a stream skips what
     was used before: it makes those examples and drops them, so the restart of a long run is slow. Records that can be
-    looked up by number (ArrayRecord files, say) restart at once; converting to them pays for runs of more than a few
-    hours.
+    looked up by number restart at once: `python -m axrepro.data convert` writes the rows of a stream as such, for a
+    `Pipeline` to read, which pays for runs of more than a few hours.
 
     Attributes:
       shards: parts that are read separately; row r of a batch comes from shard `r * shards // batch_size`. Each process
@@ -46,6 +46,10 @@ class Stream(Data):
         Raises:
           UserError: naming the file or record, if one is missing, unreadable or malformed.
         """
+
+    def endless(self, split: Split) -> bool:
+        """Whether an epoch has no end."""
+        return False
 
     def open(self, split: Split, seed: int) -> Examples:
         raise UserError(f"{type(self).__name__} is a stream, which has no examples by number; read its batches")

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from counting import Counting
 
-from axrepro.data import Bytes, JsonLines, Text
+from axrepro.data import Bytes, Feature, JsonLines, Pipeline, Text
 from axrepro.data.__main__ import main as command
 from axrepro.data.records import BadRecord, Records
 from axrepro.data.sources.array_record import ArrayRecords, write_shard
-from axrepro.data.tools.convert import convert
+from axrepro.data.tools.convert import convert, examples_of
 from axrepro.errors import UserError
 
 pytest.importorskip("array_record", reason="needs the extra data")
@@ -204,6 +205,28 @@ def test_the_command_tells_wrong_arguments_in_one_line(tmp_path, capsys):
         assert told in error
         assert error.count("\n") == 1
     assert not os.listdir(tmp_path)
+
+
+def test_the_rows_of_a_stream_are_converted_for_a_pipeline_to_look_up(tmp_path):
+    stream = Counting(batch_size=4, shards=2)
+    index = convert(examples_of(stream, "train"), f"{tmp_path}/rows", shards=2)
+    assert index.counts == {"read": 8, "bad": 0, "written": 8}
+    features = tuple(Feature(name=name, shape=(4,), dtype="int32") for name in ("tokens", "segment_ids"))
+    data = Pipeline(batch_size=4, source=ArrayRecords(f"{tmp_path}/rows-*", holdout=0), features=features)
+    rows = data.open("train", 0).rows(np.arange(8))
+    expected = [row["tokens"].tolist() for shard in range(2) for row in stream.examples("train", 0, 0, shard)]
+    assert sorted(rows["tokens"].tolist()) == sorted(expected)
+    assert rows["segment_ids"].all()
+    assert len(list(examples_of(stream, "train", 3))) == 3
+
+
+def test_a_stream_without_end_needs_a_number():
+    class Endless(Counting):
+        def endless(self, split):
+            return True
+
+    with pytest.raises(UserError, match=r"train split of Endless has no end; .*--examples=N"):
+        examples_of(Endless(batch_size=4), "train")
 
 
 def test_the_source_of_an_experiment_is_converted(tmp_path, capsys):

@@ -1,8 +1,9 @@
 """python -m axrepro.data convert: writes the records of any source as ArrayRecord shards."""
 
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
 from hashlib import sha256
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from axrepro.command_line import Parser
-from axrepro.data.base import Split
+from axrepro.data.base import Data, Split
 from axrepro.data.records import BadRecord, Example, Faults, Records, Source, Transform, apply_transforms
 from axrepro.data.sources.array_record import (
     SUFFIX,
@@ -30,6 +31,7 @@ from axrepro.data.sources.array_record import (
 from axrepro.data.sources.files import Files, JsonLines, TextFiles
 from axrepro.data.sources.parquet import Parquet
 from axrepro.data.sources.record_files import shard_path
+from axrepro.data.stream import Stream
 from axrepro.data.transforms.formats import Tokenise
 from axrepro.data.vocabulary import Bytes, HuggingFace, SentencePiece, Vocabulary
 from axrepro.errors import UserError
@@ -226,20 +228,30 @@ def vocabulary_of(name: str) -> Vocabulary:
     return vocabulary
 
 
-def _experiment_source(name: str) -> Source:
+def _experiment_data(name: str) -> Data:
     from axrepro import registry
 
-    source = getattr(registry.load(registry.find(name, registry.index())).data, "source", None)
-    if not isinstance(source, Source):
-        raise UserError(f"the data of the experiment {name!r} has no source of records; give --input=GLOB")
-    return source
+    return registry.load(registry.find(name, registry.index())).data
+
+
+def examples_of(stream: Stream, split: Split, number: int | None = None) -> Iterator[Example]:
+    """The examples of a stream's first epoch with seed 0, one shard after the other; of a long one the first `number`.
+
+    Raises:
+      UserError: if there is no end to them, and no number is given.
+    """
+    if number is None and stream.endless(split):
+        raise UserError(f"the {split} split of {stream.describe()} has no end; say how many examples (--examples=N)")
+    every = (stream.examples(split, 0, 0, shard) for shard in range(stream.shards))
+    return itertools.islice(itertools.chain.from_iterable(every), number)
 
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m axrepro.data convert", description=__doc__)
     parser.add_argument("--input", metavar="GLOB", help="files, whose kind their names tell: .txt .jsonl .parquet ...")
-    parser.add_argument("--experiment", metavar="NAME", help="in place of --input: the data.source of an experiment")
+    parser.add_argument("--experiment", metavar="NAME", help="in place of --input: what an experiment's data reads")
     parser.add_argument("--split", choices=("train", "eval"), default="train", help="with --experiment; default: train")
+    parser.add_argument("--examples", type=int, metavar="N", help="of a stream (SeqIO): how many; default: all")
     parser.add_argument("--format", choices=FORMATS, help="the kind of the --input files, where names do not tell it")
     parser.add_argument("--output", metavar="PREFIX", required=True, help="writes PREFIX-00000-of-N... and PREFIX.json")
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="files to write; default: 1")
@@ -262,8 +274,19 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"--max_bad_records={args.max_bad_records} must be at least 0")
     if not args.output:
         raise UserError("--output= is empty; name where the shards go")
-    source = source_of(args.input, args.format) if args.input is not None else _experiment_source(args.experiment)
-    records = source.open(args.split)
+    data = None if args.experiment is None else _experiment_data(args.experiment)
+    records: Records | Iterable[Example]
+    if isinstance(data, Stream):
+        if args.vocabulary:
+            raise UserError("--vocabulary is for text, and a stream gives what its own converter made")
+        records, of = examples_of(data, args.split, args.examples), [described(data), args.split, args.examples]
+    else:
+        source = source_of(args.input, args.format) if data is None else getattr(data, "source", None)
+        if args.examples is not None:
+            raise UserError("--examples is for streams; records are converted all")
+        if not isinstance(source, Source):
+            raise UserError(f"the data of {args.experiment!r} has no source of records; give --input=GLOB")
+        records, of = source.open(args.split), [described(source), args.split, states(source, args.split)]
     vocabulary = args.vocabulary and vocabulary_of(args.vocabulary)
     index = convert(
         records,
@@ -272,7 +295,7 @@ def run(argv: Sequence[str]) -> int:
         vocabulary=vocabulary or None,
         text_field=args.text_field,
         max_bad_records=args.max_bad_records,
-        made_from=json.dumps([described(source), args.split, states(source, args.split)]),
+        made_from=json.dumps(of),
     )
     told = {**index.counts, "bytes": index.payload} | ({} if index.tokens is None else {"tokens": index.tokens})
     print(f"{args.output}: {args.shards} shards, " + ", ".join(f"{count:,} {name}" for name, count in told.items()))
