@@ -1,6 +1,7 @@
 """What all commands share: wrong input is told in one line."""
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +17,26 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(message)
+
+
+def find_function(flag: str, name: str) -> Callable:
+    """What MODULE:FUNCTION names; modules of the working directory are found.
+
+    Raises:
+      UserError: if it is named otherwise, or cannot be imported.
+    """
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise UserError(f"--{flag}={name} must be MODULE:FUNCTION")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except Exception as error:  # the module may raise anything
+        raise UserError(f"--{flag}={name} is not found: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise UserError(f"--{flag}={name} is a {type(found).__name__}, not a function")
+    return found
 
 
 def told(run: Callable[[list[str]], int], argv: list[str], interrupted: str = "interrupted") -> int:

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from axrepro.command_line import Parser, told
+from axrepro.command_line import Parser, find_function, told
 from axrepro.errors import UserError, nearest
 
 COMMANDS = ("train-vocab", "convert", "preprocess")
@@ -78,12 +78,9 @@ def _experiment(name: str):
 def _function(name: str):
     from axrepro.data.base import Data
 
-    module, colon, function = name.partition(":")
-    if not (module and colon and function):
-        raise UserError(f"--data={name!r} must be MODULE:FUNCTION, such as experiments.my_data:pictures")
-    sys.path.insert(0, os.getcwd())
+    make = find_function("data", name)
     try:
-        data = getattr(importlib.import_module(module), function)()
+        data = make()
     except Exception as error:
         raise UserError(f"--data={name}: {type(error).__name__}: {error}") from error
     if not isinstance(data, Data):

@@ -294,7 +294,7 @@ def test_the_command_takes_flags_of_its_own_and_of_beam(made, source, tmp_path, 
     for wrong, told in (
         (["--theshold=1"], "unknown argument '--theshold=1', for Beam too; did you mean 'threshold'?"),
         (["--scorer=test_preprocess:none"], "--scorer=test_preprocess:none is not found"),
-        (["--scorer=quality"], "it takes module:function"),
+        (["--scorer=quality"], "must be MODULE:FUNCTION"),
         (["--dedupe=exakt"], "dedupe='exakt': it takes 'exact' and 'minhash'"),
         (["--jaccard=2"], "MinHash.threshold=2.0"),
         (["--shards=0"], "shards=0 must be at least 1"),

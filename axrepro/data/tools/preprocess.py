@@ -15,7 +15,6 @@ Departure from arXiv:2107.06499: it keeps one of each connected component, and d
 before it.
 """
 
-import importlib
 import json
 import logging
 import os
@@ -30,7 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from axrepro.command_line import Parser
+from axrepro.command_line import Parser, find_function
 from axrepro.data.records import BadRecord, Example, Faults, Records, Source, apply_transforms
 from axrepro.data.sources.array_record import (
     SUFFIX,
@@ -415,17 +414,6 @@ def _write_shard(job: _Job, path: str, ids: np.ndarray, bad: int) -> Shard:
     return writer.shard
 
 
-def _function(name: str) -> Scorer:
-    module, colon, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function) if colon else None
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--scorer={name} is not found: {error}") from None
-    if not callable(found):
-        raise UserError(f"--scorer={name}: it takes module:function, a function of a record that returns a number")
-    return found
-
-
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m axrepro.data preprocess",
@@ -469,7 +457,7 @@ def run(argv: Sequence[str]) -> int:
         source_of(args.input, args.format),
         args.output,
         args.shards,
-        scorer=args.scorer and _function(args.scorer),
+        scorer=args.scorer and find_function("scorer", args.scorer),
         threshold=args.threshold,
         dedupe=[kind for kind in args.dedupe.split(",") if kind],
         minhash=MinHash(threshold=args.jaccard, permutations=args.permutations, shingle=args.shingle),
