@@ -39,13 +39,13 @@ def folder() -> Path:
     Raises:
       UserError: if there is none, or that of the working directory is no package and would be passed over.
     """
-    here = Path("experiments")
-    if here.is_dir() and any(here.glob("*.py")) and not (here / "__init__.py").exists():
-        raise UserError(f"{here.resolve()} has no __init__.py, without which Python does not take it; add an empty one")
     spec = importlib.util.find_spec("experiments")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("no experiments/ folder: run from a checkout, or install the package with pip install -e .")
-    return Path(next(iter(spec.submodule_search_locations)))
+    found, here = Path(next(iter(spec.submodule_search_locations))), Path("experiments").resolve()
+    if found.resolve() != here and any(here.glob("*.py")) and not (here / "__init__.py").exists():
+        raise UserError(f"{here} has no __init__.py, without which Python takes {found}; add an empty one")
+    return found
 
 
 def index(root: Path | None = None) -> list[Entry]:

@@ -91,7 +91,7 @@ def test_a_folder_of_experiments_that_python_would_pass_over_is_told(tmp_path, m
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "mine.py").write_text("")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"experiments has no __init__\.py.*add an empty one"):
+    with pytest.raises(UserError, match=r"experiments has no __init__\.py, without which Python takes .*add an empty"):
         registry.folder()
     (tmp_path / "experiments" / "__init__.py").touch()
     registry.folder()

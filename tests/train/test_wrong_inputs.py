@@ -333,7 +333,7 @@ DATA = {
     "deep JSON": (lambda data: (data / "b.jsonl").write_text("[" * 10**5), ("json_lines",), "data/b.jsonl:1"),
     "binary JSON": (lambda data: (data / "b.jsonl").write_bytes(b"\xff\xfe\0"), ("json_lines",), "data/b.jsonl:1"),
     "JSON number": (lambda data: (data / "b.jsonl").write_text('{"text": 3}'), ("json_lines",), "data/b.jsonl:1", "3"),
-    "JSON field": (None, ("json_lines", "--data.source.field=txt"), "data/a.jsonl:1", "'txt'", "'text'"),
+    "JSON field": (None, ("json_lines", "--data.field=txt"), "data/a.jsonl:1", "'txt'", "'text'"),
     "no vocabulary": (None, ("pieces",), "data/vocabulary.model"),
     "empty vocabulary": (lambda data: (data / "vocabulary.model").touch(), ("pieces",), "data/vocabulary.model"),
     "cut vocabulary": (_vocabulary(cut=-50), ("pieces",), "data/vocabulary.model is no SentencePiece model"),
