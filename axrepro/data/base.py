@@ -294,15 +294,6 @@ class ExamplesCursor(Cursor):
         self._next = index
 
 
-class IndexedBatches(CursorBatches):
-    """Batches of `Examples`; see `ExamplesCursor`."""
-
-    def __init__(
-        self, examples: Examples, batch_size: int, mesh: Mesh, rules: Rules = Rules(), epochs: int | None = None
-    ):
-        super().__init__(ExamplesCursor(examples, batch_size, epochs), mesh, rules)
-
-
 def _start_workers(cursor: Cursor, shardings: Mapping[str, NamedSharding], number: int) -> "Workers":
     from axrepro.data.workers import Workers  # which imports this module
 

@@ -16,9 +16,10 @@ from axrepro.core import MeshShape, UserError, make_mesh
 from axrepro.data import (
     Batches,
     Bytes,
+    CursorBatches,
     Examples,
+    ExamplesCursor,
     Feature,
-    IndexedBatches,
     JsonLines,
     MemoryStore,
     Mixture,
@@ -88,14 +89,14 @@ def assert_batches_equal(one, two):
 
 @pytest.fixture
 def batches():
-    return IndexedBatches(packed(), 16, make_mesh(MeshShape()))
+    return CursorBatches(ExamplesCursor(packed(), 16), make_mesh(MeshShape()))
 
 
 @pytest.mark.parametrize("shape", MESHES)
 def test_every_mesh_holds_the_rows_in_order(shape):
     assert len(jax.devices()) == 8
     examples = packed()
-    batches = IndexedBatches(examples, 16, make_mesh(shape))
+    batches = CursorBatches(ExamplesCursor(examples, 16), make_mesh(shape))
     for step in range(2 * len(examples) // 16 + 2):
         batch = next(batches)
         assert_batches_equal(batch, examples.rows(np.arange(16) + 16 * step))
@@ -105,7 +106,7 @@ def test_every_mesh_holds_the_rows_in_order(shape):
 @pytest.mark.parametrize("shape", MESHES)
 def test_each_device_gets_its_rows_and_each_range_is_made_once(shape):
     examples, mesh = Recorded(), make_mesh(shape)
-    batches = IndexedBatches(examples, 16, mesh)
+    batches = CursorBatches(ExamplesCursor(examples, 16), mesh)
     examples.asked.clear()
     batch = next(batches)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -122,7 +123,7 @@ def test_seeking_any_position_gives_the_batches_from_there(batches):
     for _ in range(12):
         seen.append((json.loads(json.dumps(batches.position())), next(batches)))
     for start in (0, 3, 7, 11):
-        resumed = IndexedBatches(packed(), 16, make_mesh(MeshShape(data=4, fsdp=2)))
+        resumed = CursorBatches(ExamplesCursor(packed(), 16), make_mesh(MeshShape(data=4, fsdp=2)))
         resumed.seek(seen[start][0])
         for _, batch in seen[start:]:
             assert_batches_equal(next(resumed), batch)
@@ -130,14 +131,14 @@ def test_seeking_any_position_gives_the_batches_from_there(batches):
 
 def test_another_batch_size_goes_on_at_the_next_example(batches):
     next(batches)
-    smaller = IndexedBatches(packed(), 8, make_mesh(MeshShape()))
+    smaller = CursorBatches(ExamplesCursor(packed(), 8), make_mesh(MeshShape()))
     smaller.seek(batches.position())
     assert_batches_equal(next(smaller), packed().rows(np.arange(16, 24)))
 
 
 def test_one_epoch_ends_with_padding_rows():
     examples = packed()
-    batches = list(IndexedBatches(examples, 16, make_mesh(MeshShape()), epochs=1))
+    batches = list(CursorBatches(ExamplesCursor(examples, 16, epochs=1), make_mesh(MeshShape())))
     assert len(batches) == -(-len(examples) // 16)
     assert len(examples) % 16
     rows = np.concatenate([batch["segment_ids"] for batch in batches])
@@ -172,13 +173,13 @@ def test_a_malformed_position_is_refused_and_nothing_moves(batches, position):
 
 def test_a_batch_that_does_not_divide_over_the_mesh_is_refused():
     with pytest.raises(UserError, match="batch"):
-        IndexedBatches(packed(), 12, make_mesh(MeshShape()))
+        CursorBatches(ExamplesCursor(packed(), 12), make_mesh(MeshShape()))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_prefetching_changes_neither_batches_nor_positions(depth):
-    plain = IndexedBatches(packed(), 16, one_device(), epochs=2)
-    ahead = prefetch(IndexedBatches(packed(), 16, one_device(), epochs=2), depth)
+    plain = CursorBatches(ExamplesCursor(packed(), 16, epochs=2), one_device())
+    ahead = prefetch(CursorBatches(ExamplesCursor(packed(), 16, epochs=2), one_device()), depth)
     assert ahead.position() == {"next_example": 0}
     for batch in plain:
         assert_batches_equal(next(ahead), batch)
@@ -190,7 +191,7 @@ def test_prefetching_changes_neither_batches_nor_positions(depth):
 
 
 def test_prefetch_stays_depth_batches_ahead_and_counts_what_was_consumed():
-    inner = IndexedBatches(packed(), 16, one_device())
+    inner = CursorBatches(ExamplesCursor(packed(), 16), one_device())
     ahead = prefetch(inner, depth=3)
     next(ahead)
     deadline = time.monotonic() + 10
@@ -203,7 +204,7 @@ def test_prefetch_stays_depth_batches_ahead_and_counts_what_was_consumed():
 
 
 def test_seeking_a_prefetch_goes_back_and_on():
-    ahead = prefetch(IndexedBatches(packed(), 16, one_device()))
+    ahead = prefetch(CursorBatches(ExamplesCursor(packed(), 16), one_device()))
     first = [next(ahead) for _ in range(4)]
     for start in (1, 0, 3):
         ahead.seek({"next_example": 16 * start})
@@ -245,7 +246,7 @@ def test_closing_early_ends_the_thread(taken):
 
 
 def test_a_forgotten_prefetch_is_collected_with_its_thread():
-    ahead = prefetch(IndexedBatches(packed(), 16, one_device()))
+    ahead = prefetch(CursorBatches(ExamplesCursor(packed(), 16), one_device()))
     next(ahead)
     thread, forgotten = ahead._producer._thread, weakref.ref(ahead)
     del ahead
