@@ -1,0 +1,147 @@
+"""What a study's folder holds, read back and compared."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from axrepro.study.bootstrap import Estimate
+from axrepro.study.study import Arm, Expectation, Rule, Series
+
+SCORES = ("bits_per_byte", "accuracy", "choice")
+"""Held-out: bits per byte (less is better), share of next tokens that were most probable, and share of questions in
+which the true continuation was the most probable of four."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a model is and how long its step takes here.
+
+    Attributes:
+      total, active, outside: parameters: all, those that a token uses, all but the embedding (and head).
+      tokens: of a step.   flops: model FLOPs of a step, attention as masked.
+      seconds: of a step: median over the rounds, with the interval of the median.
+      rounds: seconds per step in each round.
+      parts: seconds per step by part of the model, of one profile ("attention", "experts", ...); {} if not measured.
+      memory: bytes on a device, as compiled; None where the compiler does not tell.
+    """
+
+    arm: Arm
+    total: int
+    active: int
+    outside: int
+    tokens: int
+    flops: float
+    seconds: Estimate
+    rounds: tuple[float, ...]
+    parts: Mapping[str, float] = field(default_factory=dict)
+    memory: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """An arm under a rule, beside the dense model of its rung.
+
+    Attributes:
+      increase: of the step time over the dense model's: 0.2 is 20 % more; None for the dense one.
+      steps, tokens, flops, hours: of the whole training; hours at the measured step time.
+      scores: means, by name in `SCORES`, with intervals over seeds and documents (or questions).
+      gain: score less that of the dense model of the same rung, paired; {} for the dense one.
+      same_step_time: score less that of the dense models read at this step time, between two of them on a logarithmic
+        axis; {} outside of their range and for the dense ones.
+      seeds: those that are finished.   missing: those that are not.
+      commands: that repeat the run, by seed.
+      curves: of each seed, (hours at the measured step time, held-out loss in nats) at every evaluation.
+      loads: of each routed layer, mean share of choices by expert at the end (mean over seeds, sorted); () if dense.
+      dropped: share of choices that were dropped at the end of training; None if dense.
+    """
+
+    rung: str
+    facts: Facts
+    dense: bool
+    rule: Rule
+    steps: int
+    tokens: float
+    flops: float
+    hours: float
+    increase: Estimate | None
+    scores: Mapping[str, Estimate]
+    gain: Mapping[str, Estimate]
+    same_step_time: Mapping[str, Estimate]
+    seeds: tuple[int, ...]
+    missing: tuple[int, ...]
+    commands: tuple[str, ...]
+    curves: tuple[tuple[tuple[float, float], ...], ...] = ()
+    loads: tuple[tuple[float, ...], ...] = ()
+    dropped: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Whether an expectation held.
+
+    Attributes:
+      values: of the measure for each arm of the series, with intervals.
+      change: last arm less first, paired by seed; of "step_time" and "stays" relative to the first.
+      verdict: "held", if the whole interval of the change lies on the expected side; "did not hold", if it lies on the
+        other; else "open".
+    """
+
+    series: Series
+    expectation: Expectation
+    values: tuple[Estimate, ...]
+    change: Estimate
+    verdict: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """A forecast of an arm on a slice.
+
+    Attributes:
+      where: name of the rung or of the series.   dense: whether it is what others are compared with.
+      seconds: of a step.   parts: of it, seconds by what the time goes to.   mfu: with attention as masked.
+      flops: model FLOPs of a step.   tokens: of a step.   total, active, outside: parameters, as in `Facts`.
+      memory, capacity: bytes on a device.   fits: whether the first is no more than the second.
+      increase: of the step time over the dense model's; None for dense ones, and where that one is missing.
+      training_tokens: by rule, what the budget of the dense model buys; of a dense model, its own.
+      mesh: devices per axis, those above 1.   error: why there is no forecast, if there is none; then all else is 0.
+    """
+
+    slice: str
+    where: str
+    arm: Arm
+    dense: bool
+    seconds: float
+    parts: Mapping[str, float]
+    mfu: float
+    flops: float
+    tokens: int
+    total: int
+    active: int
+    outside: int
+    memory: int
+    capacity: int
+    fits: bool
+    increase: float | None
+    training_tokens: Mapping[Rule, float]
+    mesh: Mapping[str, int]
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Everything that a report says.
+
+    Attributes:
+      conditions: what was run on what: hardware, versions, data, commands; by name, in order.
+      rows: of the ladder, by rung, arm and rule; the dense arm of a rung once per rule.
+      facts: of all arms whose step time was measured.
+      not_run: what was left out or has failed, a line each.
+    """
+
+    study: str
+    conditions: Mapping[str, str]
+    rows: tuple[Row, ...] = ()
+    facts: tuple[Facts, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    predicted: tuple[Predicted, ...] = ()
+    not_run: tuple[str, ...] = ()
