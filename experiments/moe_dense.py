@@ -10,10 +10,13 @@ dense parameter. Expected scores: to be measured.
 from dataclasses import replace
 
 from axrepro.core.config import override
+from axrepro.core.sharding import Rules
 from axrepro.methods.language_model import LanguageModel
 from axrepro.models.causal_lm import CausalLM, llama
 from axrepro.nn import MoE, RoPE, RouterLosses, TopK, every
+from axrepro.nn.moe import GATHER_REDUCE
 from axrepro.optim import AdamW, Cosine, mup_simple
+from axrepro.study.study import Arm, Outlook, Rung, Series
 from axrepro.train.conversion import Upcycle
 from axrepro.train.experiment import Experiment
 from experiments._pretraining import mesh_rules, pretraining, small
@@ -49,8 +52,8 @@ def _dense(dim: int, num_layers: int, hidden: int, parameters: float) -> Experim
     return _language_model(model, parameters)
 
 
-def _sparse(dense: Experiment, num_experts: int) -> Experiment:
-    """The same backbone with experts in the last of every four blocks, and an expert axis for them.
+def _sparse(dense: Experiment, num_experts: int, k: int = 4) -> Experiment:
+    """The same backbone with experts in the last of every k blocks, and an expert axis for them.
 
     Groups of 1,024 tokens: dispatch costs 2 S / 3 H of the experts' products for groups of S, and in smaller ones fewer
     tokens find room. With 64 devices along `expert` each holds an expert or a few, and hardly any weight of theirs is
@@ -58,7 +61,7 @@ def _sparse(dense: Experiment, num_experts: int) -> Experiment:
     """
     moe = every(
         dense,
-        4,
+        k,
         lambda ffn: MoE(expert=ffn, num_experts=num_experts, router=_ROUTER, capacity_factor=2.0, group_size=1024),
     )
     kept = "save:q,k,v,attention_out,moe_in,moe_out,moe_routing"
@@ -83,6 +86,16 @@ def dense_29b() -> Experiment:
 def moe_6b() -> Experiment:
     """The 6.4B backbone, 64 experts in every 4th block."""
     return _sparse(dense_6b(), num_experts=64)
+
+
+def moe_6b_every1() -> Experiment:
+    """The 6.4B backbone, 64 experts in every block."""
+    return _sparse(dense_6b(), num_experts=64, k=1)
+
+
+def moe_6b_every2() -> Experiment:
+    """The 6.4B backbone, 64 experts in every 2nd block."""
+    return _sparse(dense_6b(), num_experts=64, k=2)
 
 
 def moe_13b() -> Experiment:
@@ -123,3 +136,79 @@ def tiny() -> Experiment:
     """The smallest of the family, for tests."""
     smaller = {"method.model.dim": 64, "data.sequence_length": 64, "train.steps": 60, "data.batch_size": 8}
     return override(moe_tiny(), smaller)
+
+
+_EXPERTS = "method.model.layers.layer.layers.3.ffn"  # of moe_6b
+
+
+def _moe_6b(label: str, x: float | None = None, **changes: str | float) -> Arm:
+    """moe_6b with fields of its mixtures changed, "router.k" as router__k; experts over at most 64 devices."""
+    fields = [(f"{_EXPERTS}.{name.replace('__', '.')}", str(value)) for name, value in changes.items()]
+    if "num_experts" in changes:
+        fields.append(("mesh.expert", str(min(int(changes["num_experts"]), 64))))
+    return Arm(label=label, experiment="moe_6b", changes=tuple(fields), x=x)
+
+
+def _outlook() -> Outlook:
+    """The scales of the paper, and at the smallest of them what a mixture is made of."""
+    dense = Arm(label="dense 6.4B", experiment="dense_6b")
+    every_4th = Arm(label="every 4th block", experiment="moe_6b", x=4)
+    gather = Arm(
+        label="gather and reduce",
+        experiment="moe_6b",
+        changes=(("rules.table", repr(Rules().replace(**GATHER_REDUCE).table)),),
+    )
+    dropless = _moe_6b("dropless", dispatch="dropless", buffer_factor=1.25)
+    return Outlook(
+        ladder=(
+            Rung(
+                name="6.4B",
+                dense=dense,
+                sparse=(
+                    Arm(label="6.4B, 64 experts", experiment="moe_6b"),
+                    Arm(label="1.6B, 256 experts", experiment="moe_1p6b_256e"),
+                ),
+            ),
+            Rung(
+                name="12.6B",
+                dense=Arm(label="dense 12.6B", experiment="dense_13b"),
+                sparse=(Arm(label="12.6B, 64 experts", experiment="moe_13b"),),
+            ),
+            Rung(
+                name="29.6B",
+                dense=Arm(label="dense 29.6B", experiment="dense_29b"),
+                sparse=(Arm(label="29.6B, 64 experts", experiment="moe_29b"),),
+            ),
+        ),
+        series=(
+            Series(
+                name="experts",
+                dense=dense,
+                arms=tuple(_moe_6b(f"{n} experts", n, num_experts=n) for n in (8, 16, 32, 64, 128, 256)),
+            ),
+            Series(
+                name="capacity factor",
+                dense=dense,
+                arms=tuple(_moe_6b(f"capacity {c}", c, capacity_factor=c) for c in (1.0, 1.25, 1.5, 2.0)),
+            ),
+            Series(
+                name="experts per token",  # with the same room for each choice
+                dense=dense,
+                arms=tuple(_moe_6b(f"top-{k}", k, router__k=k, capacity_factor=float(k)) for k in (1, 2)),
+            ),
+            Series(
+                name="blocks per mixture",
+                dense=dense,
+                arms=(
+                    Arm(label="every block", experiment="moe_6b_every1", x=1),
+                    Arm(label="every 2nd block", experiment="moe_6b_every2", x=2),
+                    every_4th,
+                ),
+            ),
+            Series(
+                name="dispatch",
+                dense=dense,
+                arms=(Arm(label="exchange", experiment="moe_6b"), gather, dropless),
+            ),
+        ),
+    )
