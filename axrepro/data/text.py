@@ -1,7 +1,7 @@
 """Language-model text: documents packed into rows of one length, nothing dropped."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -240,11 +240,28 @@ class PackedText(Examples):
             out["loss_mask"] = np.zeros(shape, np.float32)
         if self._vocabulary.pad_id:
             out["tokens"][:] = out["targets"][:] = self._vocabulary.pad_id
+        for chosen, epoch, rows in self._by_epoch(indices):
+            self._fill(out, chosen, epoch, rows)
+        return out
+
+    def documents(self, indices: np.ndarray) -> np.ndarray:
+        """int64[N, T], the number of the document at each place of these rows; -1: padding."""
+        indices = np.asarray(indices, np.int64)
+        out = np.full((len(indices), self._length), -1)
+        for chosen, epoch, rows in self._by_epoch(indices):
+            row, document, _, size = self._plan.segments(epoch, rows)
+            filled = np.arange(self._length) < np.bincount(row, size, len(rows))[:, None]
+            part = np.full(filled.shape, -1)
+            part[filled] = np.repeat(document, size)
+            out[chosen] = part
+        return out
+
+    def _by_epoch(self, indices: np.ndarray) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
+        """Which of the indices lie in an epoch, the epoch, and their rows in it."""
         epochs = indices // len(self)
         for epoch in sorted(set(epochs[indices >= 0].tolist())):
             chosen = np.flatnonzero((epochs == epoch) & (indices >= 0))
-            self._fill(out, chosen, epoch, indices[chosen] - epoch * len(self))
-        return out
+            yield chosen, epoch, indices[chosen] - epoch * len(self)
 
     def _fill(self, out: dict[str, np.ndarray], chosen: np.ndarray, epoch: int, rows: np.ndarray) -> None:
         """Writes rows of an epoch to the places `chosen` of the arrays."""

@@ -39,14 +39,14 @@ class LanguageModel(Method):
         return self.model.specs()
 
     def loss(self, params: dict, batch: dict[str, jax.Array], ctx: Context) -> dict:
-        scores, mask, aux = self._scores(params, batch, ctx)
+        scores, mask, aux = self.scores(params, batch, ctx)
         aux = {**aux, "lm": Loss.mean(scores["nll"], mask), "accuracy": Metric.mean(scores["correct"], mask)}
         if self.z_weight:
             aux["lm_z"] = Loss.mean(scores["log_z"] ** 2, mask, self.z_weight)
         return aux
 
     def evaluate(self, params: dict, batch: dict[str, jax.Array], ctx: Context) -> dict:
-        scores, mask, aux = self._scores(params, batch, ctx)
+        scores, mask, aux = self.scores(params, batch, ctx)
         bits = scores["nll"] / jnp.log(2.0)
         return {
             **aux,
@@ -55,7 +55,14 @@ class LanguageModel(Method):
             "bits_per_token": Metric.mean(bits, mask),
         }
 
-    def _scores(self, params, batch, ctx):
+    def scores(
+        self, params: dict, batch: dict[str, jax.Array], ctx: Context
+    ) -> tuple[dict[str, jax.Array], jax.Array, dict]:
+        """What the means are of.
+
+        Returns:
+          [B, T] scores of each target by name (`chunked_cross_entropy`), its weight [B, T], and the aux of the model.
+        """
         ctx = ctx.replace(**{name: batch.get(name) for name in ("segment_ids", "positions", "prefix")})
         hidden, aux = self.model.apply(params, batch["tokens"], ctx)
         head = lambda h: self.model.logits(params, h, ctx)

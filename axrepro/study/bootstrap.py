@@ -1,6 +1,19 @@
-"""Intervals by resampling."""
+"""Intervals by resampling: of scores over seeds and held-out items, and of step times over rounds.
 
+Every function draws anew from the same seed, so equal input gives equal intervals. All intervals are of 95 %.
+"""
+
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+RESAMPLES = 2000
+_AT_ONCE = 1 << 22  # counts of items that exist at once
+Scores = tuple[np.ndarray, np.ndarray]
+"""Numerators and denominators, [seeds, items] each: bits and bytes by document, or correct answers and ones."""
 
 
 @dataclass(frozen=True)
@@ -10,3 +23,124 @@ class Estimate:
     value: float
     low: float
     high: float
+
+
+def ratio(numerators: np.ndarray, denominators: np.ndarray, resamples: int = RESAMPLES) -> Estimate:
+    """Sum over sum, averaged over seeds.
+
+    Crossed bootstrap: seeds and items are drawn with replacement, independently of each other, and every seed is scored
+    on the same drawn items; the interval lies between percentiles. A single seed is never redrawn, so the interval then
+    tells of items alone. With S seeds their part of the variance comes out (S - 1) / S of what it is: intervals over
+    three seeds are somewhat too narrow where seeds differ more than items do.
+    """
+    return _combined([(numerators, denominators)], lambda score: score, resamples)
+
+
+def difference(a: Scores, b: Scores, resamples: int = RESAMPLES) -> Estimate:
+    """The `ratio` of a less that of b, paired: both are scored with the same drawn seeds and items."""
+    return _combined([a, b], lambda a, b: a - b, resamples)
+
+
+def curve_difference(
+    point: Scores, curve: Sequence[Scores], x: float, xs: Sequence[float], resamples: int = RESAMPLES
+) -> Estimate | None:
+    """The `ratio` of a point at x less that of a curve, linear in log x between two neighbours; drawn all together.
+
+    Args:
+      curve: scores at each of `xs`, which may stand in any order.
+    Returns:
+      None where x lies outside of `xs`.
+    """
+    order = np.argsort(xs, kind="stable")
+    logs, at = np.log(np.asarray(xs, np.float64)[order]), math.log(x)
+    if not len(order) or not logs[0] <= at <= logs[-1]:
+        return None
+    right = int(np.searchsorted(logs, at))
+    left = max(right - 1, 0)
+    share = 1.0 if logs[right] == at else float((at - logs[left]) / (logs[right] - logs[left]))
+    read = lambda point, low, high: point - ((1 - share) * low + share * high)
+    return _combined([point, curve[order[left]], curve[order[right]]], read, resamples)
+
+
+def median(values: Sequence[float], resamples: int = RESAMPLES) -> Estimate:
+    """The median, with the interval of medians of redrawn values."""
+    values = np.asarray(values, np.float64)
+    drawn = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    return _between(float(np.median(values)), np.median(values[drawn], axis=1))
+
+
+def median_ratio(a: Sequence[float], b: Sequence[float], resamples: int = RESAMPLES) -> Estimate:
+    """The median over rounds of a over b: what slows down a whole round, and so both of them, drops out."""
+    _require_pairs(np.shape(a), np.shape(b))
+    return median(np.asarray(a, np.float64) / np.asarray(b, np.float64), resamples)
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """The mean over seeds, with Student's interval; that of one value reaches from -inf to inf."""
+    values = np.asarray(values, np.float64)
+    value, freedom = float(values.mean()), len(values) - 1
+    if not freedom:
+        return Estimate(value, -math.inf, math.inf)
+    half = student_quantile(freedom) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return Estimate(value, value - half, value + half)
+
+
+def mean_difference(a: Sequence[float], b: Sequence[float]) -> Estimate:
+    """The `mean` of a - b, paired by index."""
+    _require_pairs(np.shape(a), np.shape(b))
+    return mean(np.asarray(a, np.float64) - np.asarray(b, np.float64))
+
+
+def student_quantile(freedom: int) -> float:
+    """What the absolute value of Student's t exceeds in 5 % of cases, for a whole number of degrees of freedom.
+
+    By bisection of the probability in closed form (Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3
+    and 26.7.4).
+    """
+
+    def within(t: float) -> float:
+        angle = math.atan(t / math.sqrt(freedom))
+        odd = freedom % 2
+        power = math.cos(angle) if odd else 1.0
+        total = 0.0
+        for i in range(1 + odd, freedom, 2):  # powers of the cosine, each with the ratio of its double factorials
+            total += power
+            power *= math.cos(angle) ** 2 * i / (i + 1)
+        total *= math.sin(angle)
+        return 2 / math.pi * (angle + total) if odd else total
+
+    low, high = 0.0, 16.0  # t of one degree of freedom is 12.7
+    while (middle := (low + high) / 2) not in (low, high):
+        low, high = (middle, high) if within(middle) < 0.95 else (low, middle)
+    return high
+
+
+def _combined(scores: Sequence[Scores], combine: Callable[..., np.ndarray], resamples: int) -> Estimate:
+    """A function of the ratios of several scores, which are drawn together."""
+    arrays = [np.asarray(array, np.float64) for pair in scores for array in pair]
+    for one, other in pairwise(arrays):
+        _require_pairs(one.shape, other.shape)
+    whole = np.stack(arrays)  # [2 P, seeds, items]
+    seeds, items = whole.shape[1:]
+    ratios = lambda sums, weights: (sums[::2] / sums[1::2] * weights).sum(-1) / seeds
+    value = combine(*ratios(whole.sum(-1), np.ones(seeds)))
+    rng, drawn = np.random.default_rng(0), []
+    for size in _parts(resamples, max(1, _AT_ONCE // items)):
+        by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size)
+        by_item = rng.multinomial(items, np.full(items, 1 / items), size)
+        drawn.append(combine(*ratios(np.einsum("psi,ri->prs", whole, by_item, optimize=True), by_seed)))
+    return _between(float(value), np.concatenate(drawn))
+
+
+def _parts(total: int, most: int) -> list[int]:
+    return [min(most, total - done) for done in range(0, total, most)]
+
+
+def _between(value: float, drawn: np.ndarray) -> Estimate:
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return Estimate(value, float(low), float(high))
+
+
+def _require_pairs(one: tuple[int, ...], other: tuple[int, ...]) -> None:
+    if one != other:
+        raise ValueError(f"scores that are compared have the same seeds and items; these are {one} and {other}")
