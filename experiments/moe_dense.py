@@ -9,8 +9,9 @@ dense parameter. Expected scores: to be measured.
 
 from dataclasses import replace
 
-from axrepro.core.config import override
+from axrepro.core.config import override, swap
 from axrepro.core.sharding import Rules
+from axrepro.data import Decontaminated, PythonStdlib
 from axrepro.methods.language_model import LanguageModel
 from axrepro.models.causal_lm import CausalLM, llama
 from axrepro.nn import MoE, RoPE, RouterLosses, TopK, every
@@ -156,7 +157,8 @@ def _rung(dim: int) -> Experiment:
         "eval.every": 100,
         "eval.batches": 8,
     }
-    return override(small(model, sequence_length=128, steps=600), changes)
+    experiment = override(small(model, sequence_length=128, steps=600), changes)
+    return swap(experiment, PythonStdlib, lambda source: Decontaminated(source=source))
 
 
 def _sparse_rung(dense: Experiment, num_experts: int = 8, k: int = 2) -> Experiment:

@@ -257,15 +257,30 @@ def assemble(
     else:
         table, found = (), ()
     predicted = forecasts.read(folder, study)
+    data, given_away = _data(plan, folder) if measured else ("", [])
+    conditions = _conditions(read_json(folder / "study.json") or {"starts": []}, study, changes)
     return Results(
         study=name,
-        conditions=_conditions(read_json(folder / "study.json") or {"starts": []}, study, changes),
+        conditions=conditions | ({"data": data} if data else {}),
         rows=table,
         facts=tuple(facts.values()),
         findings=found,
         predicted=predicted,
-        not_run=(*notes, *_not_run(study, measured, table, found, predicted)),
+        not_run=(*notes, *given_away, *_not_run(study, measured, table, found, predicted)),
     )
+
+
+def _data(plan: Plan, folder: epath.Path) -> tuple[str, list[str]]:
+    """What the models were trained on and scored on, and what is wrong with that."""
+    cells = [cell for cell in (read(cell, folder) for cell in plan.cells()) if cell is not None]
+    described = {
+        f"{cell['data']}; held out {len(cell['documents']['bytes'])} documents of {sum(cell['documents']['bytes']):,} "
+        f"bytes, which give {len(cell['answers'])} questions": None
+        for cell in cells
+    }
+    names = sorted({name for cell in cells for name in cell["given_away"]})
+    text = f"no score leaves out the held-out documents that training documents give away: {', '.join(names)}"
+    return "; ".join(described), [text] if names else []
 
 
 def _conditions(record: Mapping[str, Any], study: Study, changes: Mapping[str, str]) -> dict[str, str]:
@@ -285,7 +300,6 @@ def _conditions(record: Mapping[str, Any], study: Study, changes: Mapping[str, s
         found["budget"] = f"{study.hours:g} hours of each dense model"
     found["seeds"] = ", ".join(map(str, study.seeds))
     found["step times"] = f"{study.rounds} interleaved rounds of {study.round_steps} steps, {WARM_UP} more left out"
-    found["questions"] = str(study.questions)
     if changes:
         found["changes of all experiments"] = ", ".join(f"{path}={value}" for path, value in changes.items())
     return found

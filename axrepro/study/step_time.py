@@ -60,7 +60,8 @@ class _Turns:
 
     def parts(self, seconds: float) -> Mapping[str, float]:
         """What a step of so many seconds goes to."""
-        return profiled_parts(self._step, first_state(self._program), self._batch, seconds)
+        text = self._step.as_text() or ""
+        return profiled_parts(self._step, first_state(self._program), self._batch, text, seconds)[1]
 
     def memory(self) -> int | None:
         """Arguments and temporaries; outputs take the place of arguments."""

@@ -22,7 +22,7 @@ from axrepro import registry
 from axrepro.errors import UserError
 from axrepro.launch import configured
 from axrepro.study.files import read_json, write_json
-from axrepro.study.held_out import Questions, make_questions, score_documents, score_questions
+from axrepro.study.held_out import Questions, leaks, make_questions, score_documents, score_questions
 from axrepro.study.study import Arm
 from axrepro.train.experiment import Experiment
 from axrepro.train.loop import build_program, train
@@ -129,15 +129,22 @@ def run(
         data = experiment.data
         try:
             if data not in asked:
-                asked[data] = make_questions(data, questions)
-            _run_cell(cell, experiment, path, asked[data])
+                asked[data] = make_questions(data, questions), leaks(data)
+                if names := asked[data][1]:
+                    tell(
+                        f"{len(names)} held-out documents are given away by training documents ({', '.join(names)[:200]}); "
+                        "Decontaminated(source=...) leaves them out"
+                    )
+            _run_cell(cell, experiment, path, *asked[data])
         except (NotFiniteError, OutOfMemoryError) as error:
             failed[cell.key] = " ".join(str(error).split("\n")[0].split())
             tell(f"failed: {failed[cell.key]}")
     return failed
 
 
-def _run_cell(cell: Cell, experiment: Experiment, path: epath.Path, questions: Questions) -> None:
+def _run_cell(
+    cell: Cell, experiment: Experiment, path: epath.Path, questions: Questions, given_away: list[str]
+) -> None:
     started, workdir = time.time(), Workdir(str(path))
     outcome = train(experiment, workdir, registry.find(cell.arm.experiment, registry.index()).name)
     if not outcome.complete:
@@ -158,6 +165,8 @@ def _run_cell(cell: Cell, experiment: Experiment, path: epath.Path, questions: Q
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "seconds": seconds,
             "resumed_from": outcome.resumed_from,
+            "data": experiment.data.describe(),
+            "given_away": given_away,
             "documents": {
                 "names": list(documents.names),
                 **{name: getattr(documents, name).tolist() for name in ("bytes", "bits", "tokens", "correct")},

@@ -24,7 +24,7 @@ SPARSE = [param for param in ARMS if param.values[0].experiment.startswith("moe"
 
 def experiment(arm: Arm, **changes: str):
     """An arm as a sweep would train it, with few files held out so that it opens quickly."""
-    return experiment_of(arm, HARDWARE, {**dict(arm.changes), "data.source.holdout": "1500", **changes})
+    return experiment_of(arm, HARDWARE, {**dict(arm.changes), "data.source.source.holdout": "1500", **changes})
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HARDWARE = ("cpu-8", 8, 1)
 CHANGES = {
     "data.sequence_length": "32",
-    "data.source.holdout": "1500",
+    "data.source.source.holdout": "1500",
     "method.model.dim": "16",
     "eval.batches": "1",
     "checkpoint.every": "10",
