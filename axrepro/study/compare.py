@@ -132,15 +132,21 @@ def _row(study: Study, plan: Plan, finished: _Finished, rung: Rung, arm: Arm, ru
         hours=hours(steps),
         increase=increase,
         scores={name: bootstrap.ratio(*pairs[name]) for name in pairs},
+        by_seed={name: tuple((above.sum(1) / below.sum(1)).tolist()) for name, (above, below) in pairs.items()},
         gain=gain,
         same_step_time=same,
         seeds=tuple(cells),
         missing=tuple(seed for seed in study.seeds if seed not in cells),
-        commands=tuple(cell["command"] for cell in cells.values()),
+        commands=tuple(map(_command, cells.values())),
         curves=tuple(tuple((hours(step), loss) for step, loss in cell["eval"]) for cell in cells.values()),
         loads=_loads(cells.values()),
         dropped=None if is_dense else _routing(cells.values(), "dropped"),
     )
+
+
+def _command(cell: Mapping[str, Any]) -> str:
+    """What repeats a run, and what it will print at its end."""
+    return f"{cell['command']}  # eval/bits_per_byte {cell['scalars']['eval/bits_per_byte']:.4f}"
 
 
 def _at_same_step_time(study, plan, finished, rule, facts: Facts, cells: Mapping[int, Mapping]) -> dict[str, Estimate]:
@@ -266,7 +272,7 @@ def assemble(
         facts=tuple(facts.values()),
         findings=found,
         predicted=predicted,
-        not_run=(*notes, *given_away, *_not_run(study, measured, table, found, predicted)),
+        not_run=(*notes, *given_away, *(_not_run(study, plan, folder) if measured else ())),
     )
 
 
@@ -305,15 +311,11 @@ def _conditions(record: Mapping[str, Any], study: Study, changes: Mapping[str, s
     return found
 
 
-def _not_run(study, measured, table, found, predicted) -> Iterator[str]:
-    if study.ladder and not measured:
-        yield "step times were not measured, and nothing was trained"
-    for row in table:
-        if row.missing:
-            seeds = ", ".join(map(str, row.missing))
-            yield f"{row.rung}, {row.facts.arm.label}, equal {row.rule.replace('_', ' ')}: seeds {seeds}"
-    expected = sum(len(series.expected) for series in study.ablations)
-    if len(found) < expected:
-        yield f"{expected - len(found)} of {expected} expectations of the ablations"
-    if (study.outlook.ladder or study.outlook.series) and not predicted:
-        yield "no slice was forecast (--topology=SLICE)"
+def _not_run(study: Study, plan: Plan, folder: epath.Path) -> Iterator[str]:
+    """Ablations that are not finished; what is missing of the ladder, a row tells itself."""
+    finished = _Finished(plan, folder)
+    for series in study.ablations:
+        for arm in series.arms:
+            found = finished(arm, study.ablation_steps, study.seeds)
+            if missing := [str(seed) for seed in study.seeds if seed not in found]:
+                yield f"ablation of the {series.name}, {arm.label}: seeds {', '.join(missing)}"

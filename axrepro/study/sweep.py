@@ -130,11 +130,8 @@ def run(
         try:
             if data not in asked:
                 asked[data] = make_questions(data, questions), leaks(data)
-                if names := asked[data][1]:
-                    tell(
-                        f"{len(names)} held-out documents are given away by training documents ({', '.join(names)[:200]}); "
-                        "Decontaminated(source=...) leaves them out"
-                    )
+                if names := ", ".join(asked[data][1]):
+                    tell(f"training documents give away the held-out {names:.300}; Decontaminated leaves them out")
             _run_cell(cell, experiment, path, *asked[data])
         except (NotFiniteError, OutOfMemoryError) as error:
             failed[cell.key] = " ".join(str(error).split("\n")[0].split())
