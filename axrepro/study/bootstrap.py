@@ -12,6 +12,7 @@ import numpy as np
 
 RESAMPLES = 2000
 _AT_ONCE = 1 << 22  # counts of items that exist at once
+Values = Sequence[float] | np.ndarray
 Scores = tuple[np.ndarray, np.ndarray]
 """Numerators and denominators, [seeds, items] each: bits and bytes by document, or correct answers and ones."""
 
@@ -42,7 +43,7 @@ def difference(a: Scores, b: Scores, resamples: int = RESAMPLES) -> Estimate:
 
 
 def curve_difference(
-    point: Scores, curve: Sequence[Scores], x: float, xs: Sequence[float], resamples: int = RESAMPLES
+    point: Scores, curve: Sequence[Scores], x: float, xs: Values, resamples: int = RESAMPLES
 ) -> Estimate | None:
     """The `ratio` of a point at x less that of a curve, linear in log x between two neighbours; drawn all together.
 
@@ -62,20 +63,20 @@ def curve_difference(
     return _combined([point, curve[order[left]], curve[order[right]]], read, resamples)
 
 
-def median(values: Sequence[float], resamples: int = RESAMPLES) -> Estimate:
+def median(values: Values, resamples: int = RESAMPLES) -> Estimate:
     """The median, with the interval of medians of redrawn values."""
     values = np.asarray(values, np.float64)
     drawn = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
     return _between(float(np.median(values)), np.median(values[drawn], axis=1))
 
 
-def median_ratio(a: Sequence[float], b: Sequence[float], resamples: int = RESAMPLES) -> Estimate:
+def median_ratio(a: Values, b: Values, resamples: int = RESAMPLES) -> Estimate:
     """The median over rounds of a over b: what slows down a whole round, and so both of them, drops out."""
     _require_pairs(np.shape(a), np.shape(b))
     return median(np.asarray(a, np.float64) / np.asarray(b, np.float64), resamples)
 
 
-def mean(values: Sequence[float]) -> Estimate:
+def mean(values: Values) -> Estimate:
     """The mean over seeds, with Student's interval; that of one value reaches from -inf to inf."""
     values = np.asarray(values, np.float64)
     value, freedom = float(values.mean()), len(values) - 1
@@ -87,7 +88,7 @@ def mean(values: Sequence[float]) -> Estimate:
     return Estimate(value, value - half, value + half)
 
 
-def mean_difference(a: Sequence[float], b: Sequence[float]) -> Estimate:
+def mean_difference(a: Values, b: Values) -> Estimate:
     """The `mean` of a - b, paired by index."""
     _require_pairs(np.shape(a), np.shape(b))
     return mean(np.asarray(a, np.float64) - np.asarray(b, np.float64))

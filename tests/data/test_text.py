@@ -105,6 +105,21 @@ def test_every_pair_occurs_once_in_every_epoch(raw, length, seed):
         assert examples.stats()["tokens"] == real.sum() == sum(expected.values())
 
 
+@pytest.mark.parametrize("packing", [Concatenate(), BestFit(), FirstFit()], ids=str)
+@settings(max_examples=20, deadline=None)
+@given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12), length=st.integers(1, 20), data=st.data())
+def test_every_place_knows_its_document(packing, sizes, length, data):
+    """Document d is made of byte d alone."""
+    examples = packed([bytes([d]) * size for d, size in enumerate(sizes)], length, packing=packing)
+    indices = np.array(data.draw(st.lists(st.integers(-1, 3 * len(examples)), max_size=9)), np.int64)
+    documents, rows = examples.documents(indices), examples.rows(indices)
+    np.testing.assert_array_equal(documents >= 0, rows["segment_ids"] > 0)
+    inside = (documents >= 0) & (rows["targets"] != Bytes.eos_id)
+    np.testing.assert_array_equal(documents[inside], rows["targets"][inside] - Bytes.first_id)
+    epoch = examples.documents(np.arange(len(examples)) + len(examples))
+    np.testing.assert_array_equal(np.bincount(epoch[epoch >= 0], minlength=len(sizes)), np.array(sizes) + 1)
+
+
 def test_epochs_and_seeds_differ_in_order():
     raw = [bytes([65 + i]) * (3 * i) for i in range(20)]
     first, other = packed(raw, 8, 0), packed(raw, 8, 1)
