@@ -15,8 +15,8 @@ from axrepro.study.study import Arm
 from axrepro.study.wording import MEASURE_WORDS, RULE_WORDS, SCORE_FORMS, SCORE_WORDS, Form, clock, measured
 
 _DENSE = "#000000"
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#332288", "#8C6D31", "#9FD8CB"]
-"""The first seven are those of Okabe and Ito, for the colour-blind."""
+_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#332288", "#8C6D31"]
+"""The first seven are of Okabe and Ito, for the colour-blind."""
 _OTHER = "#B4B4B4"
 _LINES = {"wall_clock": "-", "tokens": "--", "flops": ":"}
 _VERDICTS = {"held": "#00684C", "did not hold": "#A34700", "open": "#444444"}

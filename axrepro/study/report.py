@@ -14,21 +14,22 @@ from axrepro.study.bootstrap import Estimate
 from axrepro.study.results import SCORES, Facts, Finding, Predicted, Results, Row
 from axrepro.study.study import Rule
 from axrepro.study.wording import (
-    GAIN,
-    MEASURES,
+    GAIN_FORMS,
+    MEASURE_WORDS,
     MISSING,
     PERCENT,
-    RULES,
-    SCORE,
+    RULE_WORDS,
+    SCORE_FORMS,
+    SCORE_WORDS,
     count,
     duration,
     measured,
     named,
 )
-from axrepro.study.wording import SCORES as SCORE_WORDS
 from axrepro.train.describe import readable
 
 _BLAMED = 3  # parts that are named for a difference of step time
+_ALONG = "What a step of each arm takes over that of the dense model that its series is compared with."
 
 
 def write(results: Results, folder: Path) -> None:
@@ -65,11 +66,7 @@ def page(results: Results, files: Iterable[str]) -> str:
         "Ladder": _ladder(results),
         "Step times": _step_times(results),
         "Ablations": _ablations(results),
-        "Step time along series": [
-            "What a step of each arm takes over that of the dense model its series is compared with."
-        ]
-        if "increase_over_dense.png" in files
-        else [],
+        "Step time along series": [_ALONG] if "increase_over_dense.png" in files else [],
         "Forecasts": _forecasts(results),
         "How to repeat a cell": _commands(results),
         "What was not run": [_bullets(_not_run(results))],
@@ -107,8 +104,8 @@ _CAPTIONS = {
     ),
     "expert_load.png": (
         "Ladder",
-        "How to read: experts of a layer in the order of how often they were chosen at the end of training; a flat line "
-        "at 1 is perfect balance.",
+        "How to read: experts of a layer in the order of how often they were chosen at the end of training; a flat "
+        "line at 1 is perfect balance.",
     ),
     "ablations.png": (
         "Ablations",
@@ -117,8 +114,8 @@ _CAPTIONS = {
     ),
     "increase_over_dense.png": (
         "Step time along series",
-        "How to read: filled marks were measured here (bars: the interval of the arm's step time alone), hollow ones are "
-        "forecasts for other hardware and other sizes, which do not tell what the measured ones would be there.",
+        "How to read: filled marks were measured here (bars: the interval of the arm's step time alone), hollow ones "
+        "are forecasts for other hardware and other sizes, which do not tell what the measured ones would be there.",
     ),
     "forecast_breakdown.png": (
         "Forecasts",
@@ -155,12 +152,14 @@ def _judged(rows: Iterable[Row], rule: Rule, score: str, against: str = "gain") 
 
 
 def _told(judged: Mapping[str, Sequence[Row]], score: str, against: str = "gain") -> str:
-    """ "better: A at small +1.0 (...), B at small +1.1 (...); not decided: ..." """
+    """ "better are A at small +1.0 (...), B at small +1.1 (...); not decided are ..." """
     lists = []
     for verdict, rows in judged.items():
-        gains = (f"{_name(row)} {GAIN[score].interval(getattr(row, against)[score], signed=True)}" for row in rows)
+        gains = (
+            f"{_name(row)} {GAIN_FORMS[score].interval(getattr(row, against)[score], signed=True)}" for row in rows
+        )
         if rows:
-            lists.append(f"{verdict}: {', '.join(gains)}")
+            lists.append(f"{verdict} are {', '.join(gains)}")
     return "; ".join(lists)
 
 
@@ -184,8 +183,8 @@ def _answer(results: Results) -> list[str]:
     said = [f"**{lead}**"]
     if compared:
         said.append(
-            "Held-out bits per byte less those of the dense model of the rung (below 0 is better; not decided where "
-            f"the 95 % interval includes 0), {_told(main, 'bits_per_byte')}."
+            "In held-out bits per byte less those of the dense model of the rung (below 0 is better, and it is not "
+            f"decided where the 95 % interval includes 0) {_told(main, 'bits_per_byte')}."
         )
     for score in SCORES[1:]:
         numbers = {verdict: len(found) for verdict, found in _judged(rows, "wall_clock", score).items()}
@@ -195,7 +194,9 @@ def _answer(results: Results) -> list[str]:
     said += _only_at_equal_tokens(rows)
     told = _told(_judged(rows, "wall_clock", "bits_per_byte", "same_step_time"), "bits_per_byte", "same_step_time")
     if told:
-        said.append(f"Bits per byte less those of a dense model of the same step time, read between two rungs, {told}.")
+        said.append(
+            f"In bits per byte less those of a dense model of the same step time, read between two rungs, {told}."
+        )
     return [" ".join(said), *_blame(rows), _intervals(results)]
 
 
@@ -224,7 +225,7 @@ def _blame(rows: Iterable[Row]) -> list[str]:
             sign = 1 if row.increase.value > 0 else -1
             growth = {part: after.get(part, 0.0) - before.get(part, 0.0) for part in {**before, **after}}
             blamed = [part for part in sorted(growth, key=lambda part: -sign * growth[part]) if sign * growth[part] > 0]
-            text += f", mostly {', '.join(f'{part} {_change(growth[part])}' for part in blamed[:_BLAMED])}"
+            text += "".join(f", {part} {_change(growth[part])}" for part in blamed[:_BLAMED])
         told[_name(row)] = text
     if not told:
         return []
@@ -286,7 +287,7 @@ def _ladder(results: Results) -> list[str]:
                     duration(3600 * row.hours),
                     str(len(row.seeds)),
                     PERCENT.text(row.dropped),
-                    *(SCORE[score].interval(row.scores.get(score)) for score in SCORES),
+                    *(SCORE_FORMS[score].interval(row.scores.get(score)) for score in SCORES),
                 )
                 for row, rules in _with_rules(rows)
             ),
@@ -306,8 +307,8 @@ def _ladder(results: Results) -> list[str]:
 def _gains(rows: Iterable[Row], against: str) -> Iterator[tuple[str, ...]]:
     for row in rows:
         gains = getattr(row, against)
-        told = (GAIN[score].interval(gains.get(score), signed=True) for score in SCORES)
-        yield row.rung, row.facts.arm.label, RULES[row.rule], *told
+        told = (GAIN_FORMS[score].interval(gains.get(score), signed=True) for score in SCORES)
+        yield row.rung, row.facts.arm.label, RULE_WORDS[row.rule], *told
 
 
 def _with_rules(rows: Iterable[Row]) -> Iterator[tuple[Row, list[str]]]:
@@ -315,7 +316,7 @@ def _with_rules(rows: Iterable[Row]) -> Iterator[tuple[Row, list[str]]]:
     runs: dict[tuple, tuple[Row, list[str]]] = {}
     for row in rows:
         key = (row.rung, row.facts.arm.label, row.steps, "" if row.dense else row.rule)
-        runs.setdefault(key, (row, []))[1].append(RULES[row.rule])
+        runs.setdefault(key, (row, []))[1].append(RULE_WORDS[row.rule])
     yield from runs.values()
 
 
@@ -371,7 +372,7 @@ def _ablations(results: Results) -> list[str]:
     told = []
     for verdict in ("held", "did not hold", "open"):
         names = [
-            f"{MEASURES[f.expectation.measure]} {f.expectation.direction} with {f.series.name}"
+            f"{MEASURE_WORDS[f.expectation.measure]} {f.expectation.direction} with {f.series.name}"
             for f in results.findings
             if f.verdict == verdict
         ]
@@ -379,7 +380,7 @@ def _ablations(results: Results) -> list[str]:
             told.append(f"{verdict.capitalize()} ({len(names)}): {'; '.join(names)}.")
     changes = ((*_expected(f), _found_change(f), f.verdict) for f in results.findings)
     values = (
-        (f.series.name, MEASURES[f.expectation.measure], named(arm), _form(f).interval(value))
+        (f.series.name, MEASURE_WORDS[f.expectation.measure], named(arm), _form(f).interval(value))
         for f in results.findings
         for arm, value in zip(f.series.arms, f.values, strict=True)
     )
@@ -396,7 +397,7 @@ def _ablations(results: Results) -> list[str]:
 def _expected(finding: Finding) -> tuple[str, ...]:
     first, last = finding.series.arms[0], finding.series.arms[-1]
     expectation = finding.expectation
-    return finding.series.name, named(first), named(last), MEASURES[expectation.measure], expectation.direction
+    return finding.series.name, named(first), named(last), MEASURE_WORDS[expectation.measure], expectation.direction
 
 
 def _form(finding: Finding):
@@ -424,7 +425,7 @@ def _forecasts(results: Results) -> list[str]:
 
 
 def _forecast_table(found: Sequence[Predicted], results: Results) -> str:
-    rules = [rule for rule in RULES if any(rule in one.training_tokens for one in found)]
+    rules = [rule for rule in RULE_WORDS if any(rule in one.training_tokens for one in found)]
     rows = []
     for one in found:
         start = [one.where, named(one.arm)]
@@ -445,7 +446,7 @@ def _forecast_table(found: Sequence[Predicted], results: Results) -> str:
             ]
         )
     header = ["where", "arm", "parameters / active", "mesh", "step time", "over dense", "MFU", "memory of a device"]
-    return _table([*header, *(f"tokens at {RULES[rule]}" for rule in rules)], rows)
+    return _table([*header, *(f"tokens at {RULE_WORDS[rule]}" for rule in rules)], rows)
 
 
 def _commands(results: Results) -> list[str]:
@@ -466,6 +467,11 @@ def _not_run(results: Results) -> list[str]:
             lines.append(f"{_name(row)}, {', '.join(rules)}: seeds {', '.join(map(str, row.missing))} are missing")
         if not row.dense and row.seeds and not row.gain:
             lines.append(f"{_name(row)}, {', '.join(rules)}: not compared with the dense model of its rung")
+    lines += [
+        f"forecast of {one.arm.label} ({one.where}) on {one.slice}: {one.error}"
+        for one in results.predicted
+        if one.error
+    ]
     for condition, line in (
         (not results.conditions, "no conditions are recorded"),
         (not rows, "the ladder: no run has finished"),
@@ -488,7 +494,7 @@ def _not_run(results: Results) -> list[str]:
     ):
         if condition:
             lines.append(line)
-    for rule, words in RULES.items():
+    for rule, words in RULE_WORDS.items():
         if sparse and not any(row.rule == rule for row in sparse):
             lines.append(f"training at {words}")
     return lines or ["Nothing was left out."]
@@ -600,7 +606,7 @@ def _forecast_lines(one: Predicted) -> Iterator[dict[str, Any]]:
         "fits",
     )
     line = {**start, "kind": "step", **{name: None if one.error else getattr(one, name) for name in names}}
-    line |= {f"training_tokens_{rule}": one.training_tokens.get(rule) for rule in RULES}
+    line |= {f"training_tokens_{rule}": one.training_tokens.get(rule) for rule in RULE_WORDS}
     mesh = " ".join(f"{axis}={size}" for axis, size in one.mesh.items())
     yield {**line, "mesh": mesh, "part": None, "error": one.error}
     for part, seconds in one.parts.items():
