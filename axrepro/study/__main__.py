@@ -213,7 +213,7 @@ def _forecast(name: str, study, changes: dict[str, str], folder, topologies: lis
     from axrepro.study.forecasts import forecast_all
 
     for topology in topologies:
-        forecast_all(study, changes, topology, folder, _say)
+        forecast_all(study.outlook, changes, topology, Path(folder), _say)
     return _report(name, study, changes, folder)
 
 

@@ -37,9 +37,13 @@ def arm_steps(rule: Rule, cost: Cost, dense: Cost, steps_of_dense: int) -> int:
     Raises:
       UserError: if that is less than one step.
     """
+    return _whole(steps_of_dense * share(rule, cost, dense), f"the {rule} of {steps_of_dense} dense steps")
+
+
+def share(rule: Rule, cost: Cost, dense: Cost) -> float:
+    """Steps that a rule gives for one step of the dense model."""
     spent = {"wall_clock": dense.seconds / cost.seconds, "tokens": dense.tokens / cost.tokens}
-    spent["flops"] = dense.flops / cost.flops
-    return _whole(steps_of_dense * spent[rule], f"the {rule} of {steps_of_dense} dense steps")
+    return {**spent, "flops": dense.flops / cost.flops}[rule]
 
 
 def _whole(steps: float, what: str) -> int:

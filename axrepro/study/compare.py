@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -262,7 +263,7 @@ def assemble(
         table, found = rows(study, plan, folder), findings(study, plan, folder)
     else:
         table, found = (), ()
-    predicted = forecasts.read(folder, study)
+    predicted = forecasts.read(Path(folder), study, changes)
     data, given_away = _data(plan, folder) if measured else ("", [])
     conditions = _conditions(read_json(folder / "study.json") or {"starts": []}, study, changes)
     return Results(

@@ -4,7 +4,6 @@
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,10 +13,10 @@ from axrepro.aot.forecast import forecast
 from axrepro.aot.slices import Slice, find_slice
 from axrepro.core.config import to_json
 from axrepro.errors import UserError
-from axrepro.launch import _config
+from axrepro.launch import configured
+from axrepro.study.budget import Cost, share
 from axrepro.study.results import Predicted
-from axrepro.study.study import RULES, Arm, Outlook, Rule, Study
-from axrepro.train.effect import Effect
+from axrepro.study.study import RULES, Arm, Outlook, Study
 from axrepro.train.experiment import Experiment
 from axrepro.train.hardware import slice_name
 
@@ -25,12 +24,16 @@ _GIB = 2**30
 _Name = tuple[str, tuple[tuple[str, str], ...]]
 
 
-def forecast_all(outlook: Outlook, topology: str, folder: Path, tell: Callable[[str], None] = print) -> None:
+def forecast_all(
+    outlook: Outlook, changes: Mapping[str, str], topology: str, folder: Path, tell: Callable[[str], None] = print
+) -> None:
     """Forecasts every arm that `folder` has no forecast of yet, as it is configured now; each takes some seconds.
 
     An arm that cannot be (its mesh does not fit, the compiler refuses it) is kept with the reason in place of figures,
     and tried again the next time.
 
+    Args:
+      changes: of all experiments, beside those of the arms.
     Raises:
       UserError: if there is no such slice.
     """
@@ -40,13 +43,15 @@ def forecast_all(outlook: Outlook, topology: str, folder: Path, tell: Callable[[
     known = _known(path)
     done = {line["config"]: line for line in known.values() if "error" not in line}
     _cut_half_a_line(path)
-    arms = {_name(arm): arm for _, dense, arms in _groups(outlook) for arm in (dense, *arms) if arm is not None}
+    arms = {
+        _name(arm, changes): arm for _, dense, arms in _groups(outlook) for arm in (dense, *arms) if arm is not None
+    }
     with path.open("a") as file:
         for number, (name, arm) in enumerate(arms.items(), start=1):
             old = known.get(name, {})
-            line = {"experiment": arm.experiment, "changes": [list(change) for change in arm.changes]}
+            line = {"experiment": name[0], "changes": [list(change) for change in name[1]]}
             try:
-                experiment = _configured(arm, hardware)
+                experiment = _configured(name, hardware)
                 line["config"] = config = hashlib.sha256(to_json(experiment).encode()).hexdigest()
                 if old.get("config") == config and "error" not in old:
                     continue
@@ -61,7 +66,7 @@ def forecast_all(outlook: Outlook, topology: str, folder: Path, tell: Callable[[
             tell(f"forecast {number} of {len(arms)} on {topology}, {arm.label} ({arm.experiment}): {told}")
 
 
-def read(folder: Path, study: Study) -> tuple[Predicted, ...]:
+def read(folder: Path, study: Study, changes: Mapping[str, str]) -> tuple[Predicted, ...]:
     """The forecasts in `folder` of the arms of a study's outlook, by slice, and in its order; those missing are left
     out.
 
@@ -71,29 +76,16 @@ def read(folder: Path, study: Study) -> tuple[Predicted, ...]:
     for path in sorted((folder / "forecasts").glob("*.jsonl")):
         known = _known(path)
         for where, dense, arms in _groups(study.outlook):
-            base = known.get(_name(dense)) if dense is not None else None
+            base = known.get(_name(dense, changes)) if dense is not None else None
             pairs = [(dense, True)] * (dense is not None) + [(arm, False) for arm in arms]
             found += [
-                _predicted(path.stem, where, arm, is_dense, known[_name(arm)], base, study.tokens_per_parameter)
+                _predicted(
+                    path.stem, where, arm, is_dense, known[_name(arm, changes)], base, study.tokens_per_parameter
+                )
                 for arm, is_dense in pairs
-                if _name(arm) in known
+                if _name(arm, changes) in known
             ]
     return tuple(found)
-
-
-def outside_embedding(facts: Effect) -> int:
-    """Parameters but for the embedding and the head, tied or not: those without an axis for the vocabulary."""
-    return sum(math.prod(one.shape) for one in facts.parameters.values() if "vocab" not in one.axes)
-
-
-def training_tokens(rule: Rule, tokens: float, *, seconds: tuple[float, float], flops: tuple[float, float]) -> float:
-    """The tokens that a model is trained on where the dense one gets `tokens`.
-
-    Args:
-      seconds, flops: that a token takes, of the dense model and of this one.
-    """
-    dense, this = {"wall_clock": seconds, "tokens": (1.0, 1.0), "flops": flops}[rule]
-    return tokens * dense / this
 
 
 def _groups(outlook: Outlook) -> Iterator[tuple[str, Arm | None, tuple[Arm, ...]]]:
@@ -104,14 +96,14 @@ def _groups(outlook: Outlook) -> Iterator[tuple[str, Arm | None, tuple[Arm, ...]
         yield series.name, series.dense, series.arms
 
 
-def _name(arm: Arm) -> _Name:
-    return arm.experiment, arm.changes
+def _name(arm: Arm, changes: Mapping[str, str]) -> _Name:
+    return arm.experiment, (*arm.changes, *sorted(changes.items()))
 
 
-def _configured(arm: Arm, hardware: Slice) -> Experiment:
+def _configured(name: _Name, hardware: Slice) -> Experiment:
     where = slice_name(hardware.kind, hardware.devices), hardware.devices, hardware.slices
-    experiment, _ = _config(registry.find(arm.experiment, registry.index()), where, dict(arm.changes))
-    return experiment
+    experiment, changes = name
+    return configured(registry.find(experiment, registry.index()), where, dict(changes))[0]
 
 
 def _figures(experiment: Experiment, hardware: Slice) -> dict:
@@ -125,7 +117,7 @@ def _figures(experiment: Experiment, hardware: Slice) -> dict:
         "tokens": found.effect.units,
         "total": found.effect.total,
         "active": found.effect.active,
-        "outside": outside_embedding(found.effect),
+        "outside": found.effect.outside,
         "memory": found.memory.total,
         "capacity": found.compiled.capacity,
         "mesh": {axis: size for axis, size in found.compiled.mesh.items() if size > 1},
@@ -145,10 +137,9 @@ def _predicted(
     figures = {name: line.get(name, {} if name in ("parts", "mesh") else 0) for name in names}
     increase, tokens = None, {}
     if base is not None and "error" not in base and "error" not in line:
-        per_token = lambda what: (base[what] / base["tokens"], line[what] / line["tokens"])
         budget = tokens_per_parameter * base["outside"]
-        times, flops = per_token("seconds"), per_token("flops")
-        tokens = {rule: training_tokens(rule, budget, seconds=times, flops=flops) for rule in RULES}
+        cost, of_base = (Cost(one["tokens"], one["flops"], one["seconds"]) for one in (line, base))
+        tokens = {rule: budget * share(rule, cost, of_base) * cost.tokens / of_base.tokens for rule in RULES}
         increase = None if dense else line["seconds"] / base["seconds"] - 1
     return Predicted(
         slice=topology,

@@ -1,7 +1,6 @@
 """Step times of a study's arms on this hardware, kept in `step_times.json` so that budgets do not change later."""
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -21,11 +20,6 @@ from axrepro.study.sweep import Hardware, experiment_of, slug
 from axrepro.train.effect import Effect, effect
 from axrepro.train.experiment import Experiment
 from axrepro.train.processes import from_first, on_first
-
-
-def outside_embedding(facts: Effect) -> int:
-    """Parameters that have no vocabulary axis: all but the embedding and the head."""
-    return sum(math.prod(p.shape) for p in facts.parameters.values() if "vocab" not in p.axes)
 
 
 def device() -> str:
@@ -85,7 +79,7 @@ def read_facts(study: Study, changes: Mapping[str, str], folder: epath.Path) -> 
 def _counted(arm: Arm, found: Effect) -> dict[str, Any]:
     if found.unit != "tokens":
         raise UserError(f"arm {arm.label!r} learns from {found.unit}; a study is about language models")
-    counts = {"total": found.total, "active": found.active, "outside": outside_embedding(found)}
+    counts = {"total": found.total, "active": found.active, "outside": found.outside}
     return {**counts, "tokens": found.units, "flops": found.flops.causal}
 
 

@@ -64,6 +64,11 @@ class Effect:
     metrics: tuple[str, ...]
     updates: tuple[str, ...]
 
+    @property
+    def outside(self) -> int:
+        """Parameters outside the embedding and the head: those without an axis for the vocabulary."""
+        return sum(math.prod(one.shape) for one in self.parameters.values() if "vocab" not in one.axes)
+
 
 def effect(experiment: Experiment, slice_name: str, num_devices: int, slices: int = 1) -> Effect:
     """The effect of an experiment to which mesh rules and overrides have been applied.

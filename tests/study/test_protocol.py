@@ -9,7 +9,6 @@ from axrepro.core.aux import Metric, collect
 from axrepro.core.config import override
 from axrepro.core.tree import flatten
 from axrepro.launch import configured
-from axrepro.study.measured import outside_embedding
 from axrepro.study.study import Arm
 from axrepro.study.sweep import Cell, experiment_of
 from axrepro.train.effect import effect
@@ -73,9 +72,9 @@ def test_parameters_are_those_of_the_names(rung):
     dense, sparse = (effect(experiment(arm), *HARDWARE) for arm in rung.arms)
     promised = {"50k": (32, 88, 50e3), "110k": (48, 128, 111e3), "195k": (64, 168, 195e3)}[rung.name]
     dim, hidden, outside = promised
-    assert outside_embedding(dense) == 4 * (4 * dim**2 + 3 * dim * hidden + 2 * dim) + dim
-    assert outside_embedding(dense) == pytest.approx(outside, rel=0.02)
-    assert outside_embedding(dense) == dense.total - 264 * dim  # tied: one matrix
+    assert dense.outside == 4 * (4 * dim**2 + 3 * dim * hidden + 2 * dim) + dim
+    assert dense.outside == pytest.approx(outside, rel=0.02)
+    assert dense.outside == dense.total - 264 * dim  # tied: one matrix
     experts, mixtures = 8, 2
     assert sparse.total == dense.total + mixtures * (dim * experts + (experts - 1) * 3 * dim * hidden)
     assert sparse.active == dense.active + mixtures * (dim * experts + 3 * dim * hidden)

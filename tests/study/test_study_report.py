@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from axrepro.study import figures, report
+from axrepro.study import report
 from axrepro.study.bootstrap import Estimate
 from axrepro.study.results import Facts, Finding, Predicted, Results, Row
 from axrepro.study.study import RULES, Arm, Expectation, Series

@@ -25,8 +25,8 @@ from axrepro.study.sweep import Cell, read
 ROOT = Path(__file__).resolve().parents[2]
 HARDWARE = ("cpu-8", 8, 1)
 CHANGES = {
-    "data.sequence_length": "32",
-    "data.source.source.holdout": "1500",
+    "data.sequence_length": "64",
+    "data.source.source.holdout": "300",
     "method.model.dim": "16",
     "eval.batches": "1",
     "checkpoint.every": "10",
