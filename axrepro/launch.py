@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from axrepro.command_line import Parser, told
@@ -157,25 +158,44 @@ def join_processes(args: argparse.Namespace) -> None:
         raise UserError(f"cannot join the other processes: {' '.join(str(error).split())[:300]}") from None
 
 
-def _hardware(args: argparse.Namespace) -> tuple[str, int, int]:
-    """(slice name, devices, slices) of the topology that was asked for, else of this machine."""
-    from axrepro.train.hardware import CHIPS, parse_topology, slice_name
+def named_hardware(topology: str) -> tuple[str, int, int]:
+    """(slice name, devices, slices) of a topology."""
+    from axrepro.train.hardware import parse_topology, slice_name
 
-    slices = 1
-    if args.topology:
-        kind, count, slices = parse_topology(args.topology)
-        if args.mode == "compile" and kind in CHIPS and CHIPS[kind].torus:
-            from axrepro.aot.slices import find_slice
-
-            find_slice(args.topology)  # that there is such a slice comes before what its mesh would be
-    else:
-        devices = _devices()
-        count, kind = len(devices), devices[0].device_kind
+    kind, count, slices = parse_topology(topology)
     return slice_name(kind, count), count, slices  # the name that the mesh rules see, also before the hardware is there
 
 
-def _config(entry, hardware: tuple[str, int, int], overrides: dict[str, str]):
-    """The experiment on this hardware, overridden, and its mesh rule."""
+def attached_hardware() -> tuple[str, int, int]:
+    """The same of this machine."""
+    from axrepro.train.hardware import slice_name
+
+    devices = _devices()
+    return slice_name(devices[0].device_kind, len(devices)), len(devices), 1
+
+
+def _hardware(args: argparse.Namespace) -> tuple[str, int, int]:
+    """The hardware that was asked for, else that of this machine."""
+    from axrepro.train.hardware import CHIPS, parse_topology
+
+    if not args.topology:
+        return attached_hardware()
+    kind, _, _ = parse_topology(args.topology)
+    if args.mode == "compile" and kind in CHIPS and CHIPS[kind].torus:
+        from axrepro.aot.slices import find_slice
+
+        find_slice(args.topology)  # that there is such a slice comes before what its mesh would be
+    return named_hardware(args.topology)
+
+
+def configured(entry, hardware: tuple[str, int, int], overrides: Mapping[str, str]):
+    """The experiment on this hardware, overridden, and its mesh rule: what a launch would run.
+
+    Args:
+      entry: of the registry.
+    Raises:
+      UserError: for a wrong override, and for settings that would have no effect.
+    """
     from axrepro import registry
     from axrepro.core.config import override
     from axrepro.train.experiment import on_hardware
@@ -347,7 +367,7 @@ def _diff(old, new, hardware: tuple[str, int, int], overrides: dict[str, str]) -
     sides = []
     for entry in (old, new):
         try:
-            experiment, _ = _config(entry, hardware, overrides)
+            experiment, _ = configured(entry, hardware, overrides)
             sides.append((entry.name, experiment, effect(experiment, *hardware)))
         except UserError as error:
             raise UserError(f"{entry.name}, of the two to which overrides and topology apply: {error}") from None
@@ -374,7 +394,7 @@ def run(argv: list[str]) -> int:
     if args.diff is not None:
         print(_diff(entry, registry.find(args.diff, registry.index()), hardware, overrides))
         return 0
-    name, (experiment, rule) = entry.name, _config(entry, hardware, overrides)
+    name, (experiment, rule) = entry.name, configured(entry, hardware, overrides)
     workdir = args.workdir or f"runs/{name.replace(':', '_').replace('/', '_')}"
     if args.mode == "describe":
         from axrepro.train.describe import describe

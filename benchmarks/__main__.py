@@ -17,8 +17,9 @@ import tempfile
 import time
 from importlib.metadata import version
 
+from axrepro.study.step_time import in_turns
 from benchmarks.sizes import Sizes
-from benchmarks.timing import Time, header, in_turns, row, timed_steps
+from benchmarks.timing import Time, header, row, timed_steps
 
 PEERS = {"transformers": "transformers, eager torch", "linen": "flax.linen and optax"}
 

@@ -25,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.timing import Time, in_turns
+from axrepro.study.step_time import in_turns
+from benchmarks.timing import Time
 
 LENGTH, BATCH, PIECE = 512, 8, 500
 PEERS = ("SeqIO", "Grain")

@@ -25,8 +25,9 @@ import numpy as np
 from axrepro.core import Context
 from axrepro.core.param import count_params, matmul_flops
 from axrepro.nn import MoE
+from axrepro.study.step_time import in_turns
 from benchmarks.layer_pass import Pass, Shape, biased, inputs, load, weights
-from benchmarks.timing import Time, header, in_turns, row, timed_steps
+from benchmarks.timing import Time, header, row, timed_steps
 
 CPU, ACCELERATOR = Shape(rows=8, length=512, dim=512, hidden=1376), Shape(rows=8, length=2048, dim=4096, hidden=2048)
 GROWTH = Shape(rows=16, length=1024, dim=256, hidden=1376)

@@ -1,7 +1,7 @@
 """Times of programs that take turns, and the tables that show their ratios."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,17 +12,6 @@ class Time(NamedTuple):
 
     elapsed: float
     cpu: float
-
-
-def in_turns(timed: Mapping[str, Callable[[], Time]], rounds: int) -> dict[str, list[Time]]:
-    """What each function returned in each round; every round begins with another one."""
-    names = list(timed)
-    times = {name: [] for name in names}
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            times[name].append(timed[name]())
-    return times
 
 
 def row(label: str, numerator: list[Time], denominator: list[Time]) -> str:

@@ -9,11 +9,15 @@ dense parameter. Expected scores: to be measured.
 
 from dataclasses import replace
 
-from axrepro.core.config import override
+from axrepro.core.config import override, swap
+from axrepro.core.sharding import Rules
+from axrepro.data import Decontaminated, PythonStdlib
 from axrepro.methods.language_model import LanguageModel
 from axrepro.models.causal_lm import CausalLM, llama
 from axrepro.nn import MoE, RoPE, RouterLosses, TopK, every
+from axrepro.nn.moe import GATHER_REDUCE
 from axrepro.optim import AdamW, Cosine, mup_simple
+from axrepro.study.study import Arm, Direction, Expectation, Outlook, Rung, Series, Study
 from axrepro.train.conversion import Upcycle
 from axrepro.train.experiment import Experiment
 from experiments._pretraining import mesh_rules, pretraining, small
@@ -49,8 +53,8 @@ def _dense(dim: int, num_layers: int, hidden: int, parameters: float) -> Experim
     return _language_model(model, parameters)
 
 
-def _sparse(dense: Experiment, num_experts: int) -> Experiment:
-    """The same backbone with experts in the last of every four blocks, and an expert axis for them.
+def _sparse(dense: Experiment, num_experts: int, k: int = 4) -> Experiment:
+    """The same backbone with experts in the last of every k blocks, and an expert axis for them.
 
     Groups of 1,024 tokens: dispatch costs 2 S / 3 H of the experts' products for groups of S, and in smaller ones fewer
     tokens find room. With 64 devices along `expert` each holds an expert or a few, and hardly any weight of theirs is
@@ -58,7 +62,7 @@ def _sparse(dense: Experiment, num_experts: int) -> Experiment:
     """
     moe = every(
         dense,
-        4,
+        k,
         lambda ffn: MoE(expert=ffn, num_experts=num_experts, router=_ROUTER, capacity_factor=2.0, group_size=1024),
     )
     kept = "save:q,k,v,attention_out,moe_in,moe_out,moe_routing"
@@ -83,6 +87,16 @@ def dense_29b() -> Experiment:
 def moe_6b() -> Experiment:
     """The 6.4B backbone, 64 experts in every 4th block."""
     return _sparse(dense_6b(), num_experts=64)
+
+
+def moe_6b_every1() -> Experiment:
+    """The 6.4B backbone, 64 experts in every block."""
+    return _sparse(dense_6b(), num_experts=64, k=1)
+
+
+def moe_6b_every2() -> Experiment:
+    """The 6.4B backbone, 64 experts in every 2nd block."""
+    return _sparse(dense_6b(), num_experts=64, k=2)
 
 
 def moe_13b() -> Experiment:
@@ -123,3 +137,209 @@ def tiny() -> Experiment:
     """The smallest of the family, for tests."""
     smaller = {"method.model.dim": 64, "data.sequence_length": 64, "train.steps": 60, "data.batch_size": 8}
     return override(moe_tiny(), smaller)
+
+
+def _rung(dim: int) -> Experiment:
+    """Four blocks of this width, bytes of the standard library: a scale at which a study takes minutes on a CPU.
+
+    One learning rate for all widths, as the released family has; AdamW of `small`. Steps are for a single run: a study
+    sets them by its budget.
+    """
+    hidden = 8 * round(dim / 3)
+    model = llama(vocab_size=264, dim=dim, num_layers=4, num_heads=dim // 16, hidden=hidden, tied=True)
+    changes = {
+        "method.model.layers.unroll": 4,
+        "data.batch_size": 16,
+        "data.source.holdout": 50,
+        "optimizer.learning_rate.peak": 5e-3,
+        "train.log_every": 20,
+        "checkpoint.every": 500,
+        "eval.every": 100,
+        "eval.batches": 8,
+    }
+    experiment = override(small(model, sequence_length=128, steps=600), changes)
+    return swap(experiment, PythonStdlib, lambda source: Decontaminated(source=source))
+
+
+def _sparse_rung(dense: Experiment, num_experts: int = 8, k: int = 2) -> Experiment:
+    moe = lambda ffn: MoE(expert=ffn, num_experts=num_experts, router=_ROUTER, eval_capacity_factor=2.0)
+    return every(dense, k, moe)
+
+
+def dense_50k() -> Experiment:
+    """Dense, 50k parameters outside the embedding: the lowest rung of the study's ladder."""
+    return _rung(dim=32)
+
+
+def dense_110k() -> Experiment:
+    """Dense, 111k parameters outside the embedding."""
+    return _rung(dim=48)
+
+
+def dense_195k() -> Experiment:
+    """Dense, 195k parameters outside the embedding."""
+    return _rung(dim=64)
+
+
+def moe_50k() -> Experiment:
+    """The 50k backbone, 8 experts in every second block."""
+    return _sparse_rung(dense_50k())
+
+
+def moe_50k_every1() -> Experiment:
+    """The 50k backbone, 8 experts in every block."""
+    return _sparse_rung(dense_50k(), k=1)
+
+
+def moe_50k_every4() -> Experiment:
+    """The 50k backbone, 8 experts in the last of its four blocks."""
+    return _sparse_rung(dense_50k(), k=4)
+
+
+def moe_110k() -> Experiment:
+    """The 110k backbone, 8 experts in every second block."""
+    return _sparse_rung(dense_110k())
+
+
+def moe_195k() -> Experiment:
+    """The 195k backbone, 8 experts in every second block."""
+    return _sparse_rung(dense_195k())
+
+
+_EXPERTS = "method.model.layers.layer.layers.3.ffn"  # of moe_6b
+
+
+def _moe_6b(label: str, x: float | None = None, **changes: str | float) -> Arm:
+    """moe_6b with fields of its mixtures changed, "router.k" as router__k; experts over at most 64 devices."""
+    fields = [(f"{_EXPERTS}.{name.replace('__', '.')}", str(value)) for name, value in changes.items()]
+    if "num_experts" in changes:
+        fields.append(("mesh.expert", str(min(int(changes["num_experts"]), 64))))
+    return Arm(label=label, experiment="moe_6b", changes=tuple(fields), x=x)
+
+
+def _outlook() -> Outlook:
+    """The scales of the paper, and at the smallest of them what a mixture is made of."""
+    dense = Arm(label="dense 6.4B", experiment="dense_6b")
+    every_4th = Arm(label="every 4th block", experiment="moe_6b", x=4)
+    gather = Arm(
+        label="gather and reduce",
+        experiment="moe_6b",
+        changes=(("rules.table", repr(Rules().replace(**GATHER_REDUCE).table)),),
+    )
+    dropless = _moe_6b("dropless", dispatch="dropless", buffer_factor=1.25)
+    return Outlook(
+        ladder=(
+            Rung(
+                name="6.4B",
+                dense=dense,
+                sparse=(
+                    Arm(label="6.4B, 64 experts", experiment="moe_6b"),
+                    Arm(label="1.6B, 256 experts", experiment="moe_1p6b_256e"),
+                ),
+            ),
+            Rung(
+                name="12.6B",
+                dense=Arm(label="dense 12.6B", experiment="dense_13b"),
+                sparse=(Arm(label="12.6B, 64 experts", experiment="moe_13b"),),
+            ),
+            Rung(
+                name="29.6B",
+                dense=Arm(label="dense 29.6B", experiment="dense_29b"),
+                sparse=(Arm(label="29.6B, 64 experts", experiment="moe_29b"),),
+            ),
+        ),
+        series=(
+            Series(
+                name="experts",
+                dense=dense,
+                arms=tuple(_moe_6b(f"{n} experts", n, num_experts=n) for n in (8, 16, 32, 64, 128, 256)),
+            ),
+            Series(
+                name="capacity factor",
+                dense=dense,
+                arms=tuple(_moe_6b(f"capacity {c}", c, capacity_factor=c) for c in (1.0, 1.25, 1.5, 2.0)),
+            ),
+            Series(
+                name="experts per token",  # with the same room for each choice
+                dense=dense,
+                arms=tuple(_moe_6b(f"top-{k}", k, router__k=k, capacity_factor=float(k)) for k in (1, 2)),
+            ),
+            Series(
+                name="blocks per mixture",
+                dense=dense,
+                arms=(
+                    Arm(label="every block", experiment="moe_6b_every1", x=1),
+                    Arm(label="every 2nd block", experiment="moe_6b_every2", x=2),
+                    every_4th,
+                ),
+            ),
+            Series(
+                name="dispatch",
+                dense=dense,
+                arms=(Arm(label="exchange", experiment="moe_6b"), gather, dropless),
+            ),
+        ),
+    )
+
+
+_MIXTURE = "method.model.layers.layer.layers.1.ffn"  # of moe_50k
+
+
+def _moe_50k(label: str, x: float | None = None, **changes: float) -> Arm:
+    """moe_50k with fields of its mixtures changed, "router.losses.z" as router__losses__z."""
+    fields = tuple((f"{_MIXTURE}.{name.replace('__', '.')}", str(value)) for name, value in changes.items())
+    return Arm(label=label, experiment="moe_50k", changes=fields, x=x)
+
+
+def moe_vs_dense() -> Study:
+    """For a given budget, train dense or a mixture of experts? Three scales, by wall clock, tokens and FLOPs."""
+
+    def rung(size: str) -> Rung:
+        dense = Arm(label=f"dense {size}", experiment=f"dense_{size}")
+        return Rung(name=size, dense=dense, sparse=(Arm(label=f"MoE {size}, 8 experts", experiment=f"moe_{size}"),))
+
+    def expected(**directions: Direction) -> tuple[Expectation, ...]:
+        return tuple(Expectation(measure=measure, direction=way) for measure, way in directions.items())
+
+    ladder = tuple(rung(size) for size in ("50k", "110k", "195k"))
+    dense = ladder[0].dense
+    base = Arm(label="base", experiment="moe_50k")
+    ablations = (
+        Series(
+            name="weight of the balance loss",
+            arms=(_moe_50k("0", 0, router__losses__balance=0), replace(base, label="0.01", x=0.01)),
+            expected=expected(dropped="falls", busiest="falls"),
+        ),
+        Series(
+            name="capacity factor",
+            dense=dense,
+            arms=(*(_moe_50k(f"{c}", c, capacity_factor=c) for c in (1.0, 1.25)), replace(base, label="2.0", x=2)),
+            expected=expected(dropped="falls", step_time="rises"),
+        ),
+        Series(
+            name="blocks per mixture",
+            dense=dense,
+            arms=(
+                Arm(label="1", experiment="moe_50k_every1", x=1),
+                replace(base, label="2", x=2),
+                Arm(label="4", experiment="moe_50k_every4", x=4),
+            ),
+            expected=expected(step_time="falls"),
+        ),
+        Series(
+            name="experts",
+            dense=dense,
+            arms=(
+                _moe_50k("4", 4, num_experts=4),
+                replace(base, label="8", x=8),
+                _moe_50k("16", 16, num_experts=16),
+            ),
+            expected=expected(bits_per_byte="falls", step_time="stays"),
+        ),
+        Series(
+            name="weight of the router z-loss",
+            arms=(_moe_50k("0", 0, router__losses__z=0), replace(base, label="0.001", x=0.001)),
+            expected=expected(router_logits="falls"),
+        ),
+    )
+    return Study(ladder=ladder, ablations=ablations, outlook=_outlook())

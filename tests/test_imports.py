@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "decode": {"core", "nn", "models"},
     "train": {"core", "data", "optim"},
     "aot": {"core", "train"},
+    "study": {"core", "data", "methods", "train", "aot", "registry", "launch"},
     "quickstart": {"core", "data", "decode", "train", "registry", "launch"},
 }
 

@@ -37,6 +37,7 @@ from axrepro.data.seqio import SeqIO, SeqIOVocabulary, seqio_metrics
 from axrepro.data.shuffle import permutation
 from axrepro.data.sources.array_record import ArrayRecords, write_array_records
 from axrepro.data.sources.audio import AudioFiles
+from axrepro.data.sources.decontaminated import Decontaminated
 from axrepro.data.sources.files import FromFunction, JsonLines, PythonStdlib, TextFiles
 from axrepro.data.sources.images import CaptionedImages, ImageFolders
 from axrepro.data.sources.parquet import Parquet
@@ -88,6 +89,7 @@ __all__ = [
     "Data",
     "DecodeAudio",
     "DecodeImage",
+    "Decontaminated",
     "Example",
     "Examples",
     "ExamplesCursor",

@@ -82,7 +82,9 @@ def mean(values: Values) -> Estimate:
     value, freedom = float(values.mean()), len(values) - 1
     if not freedom:
         return Estimate(value, -math.inf, math.inf)
-    half = student_quantile(freedom) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    from scipy.special import stdtrit
+
+    half = float(stdtrit(freedom, 0.975)) * float(values.std(ddof=1)) / math.sqrt(len(values))
     return Estimate(value, value - half, value + half)
 
 
@@ -90,30 +92,6 @@ def mean_difference(a: Values, b: Values) -> Estimate:
     """The `mean` of a - b, paired by index."""
     _require_pairs(np.shape(a), np.shape(b))
     return mean(np.asarray(a, np.float64) - np.asarray(b, np.float64))
-
-
-def student_quantile(freedom: int) -> float:
-    """What the absolute value of Student's t exceeds in 5 % of cases, for a whole number of degrees of freedom.
-
-    By bisection of the probability in closed form (Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3
-    and 26.7.4).
-    """
-
-    def within(t: float) -> float:
-        angle = math.atan(t / math.sqrt(freedom))
-        odd = freedom % 2
-        power = math.cos(angle) if odd else 1.0
-        total = 0.0
-        for i in range(1 + odd, freedom, 2):  # powers of the cosine, each with the ratio of its double factorials
-            total += power
-            power *= math.cos(angle) ** 2 * i / (i + 1)
-        total *= math.sin(angle)
-        return 2 / math.pi * (angle + total) if odd else total
-
-    low, high = 0.0, 16.0  # t of one degree of freedom is 12.7
-    while (middle := (low + high) / 2) not in (low, high):
-        low, high = (middle, high) if within(middle) < 0.95 else (low, middle)
-    return high
 
 
 def _combined(scores: Sequence[Scores], combine: Callable[..., np.ndarray], resamples: int) -> Estimate:

@@ -16,6 +16,7 @@ import numpy as np
 
 from axrepro.data import BadRecord, CursorBatches, Data, ExamplesCursor, PackedText, Split, Text, batch_shardings
 from axrepro.data.base import place
+from axrepro.data.sources.decontaminated import given_away, raw_text
 from axrepro.data.text import NAMES
 from axrepro.errors import UserError
 from axrepro.methods.language_model import LanguageModel
@@ -23,8 +24,6 @@ from axrepro.train.state import Program
 
 _TRIES = 1000  # to find the false choices of a question
 _CHARACTERS = 16  # in a token, at most, as a mean over a row: contexts are not encoded from farther back
-_LONG_LINE = 40  # bytes; shorter lines stand in files that have nothing else in common
-_SHARED_LINES = 5
 
 
 @dataclass(frozen=True)
@@ -158,29 +157,14 @@ def score_questions(program: Program, params: dict, questions: Questions) -> np.
 
 
 def leaks(data: Data) -> list[str]:
-    """Names of held-out documents that training documents give away.
-
-    Their whole text, if it is not blank, is a training document too; or at least half of their different lines of 40
-    bytes or more, and at least five, stand in training documents, white space at the ends aside. The training documents
-    are read one after the other.
+    """Names of held-out documents that training documents give away (`Decontaminated` leaves them out).
 
     Raises:
       UserError: if the data is no plain text.
     """
     data = _plain(data)
     _, names, texts = _held_out(data)
-    lines = [_long_lines(text) for text in texts]
-    wanted, whole = set().union(*lines), set(texts)
-    seen_lines, seen_whole = set(), set()
-    for _, _, text in _texts(data, "train"):
-        seen_whole |= {text} & whole
-        seen_lines |= _long_lines(text) & wanted
-    found = []
-    for name, text, own in zip(names, texts, lines, strict=True):
-        shared = len(own & seen_lines)
-        if (text.strip() and text in seen_whole) or (shared >= _SHARED_LINES and 2 * shared >= len(own)):
-            found.append(name)
-    return found
+    return [names[number] for number in given_away(texts, (text for _, _, text in _texts(data, "train")))]
 
 
 @functools.lru_cache(maxsize=1)  # documents and questions of one model need one program
@@ -235,12 +219,7 @@ def _texts(data: Text, split: Split) -> Iterator[tuple[int, str, bytes]]:
                 f"{records.name(index)} holds {', '.join(record)}; a study takes documents that hold their raw text "
                 f"alone, as {data.field!r} (data.field)"
             )
-        text = record[data.field]
-        yield index, records.name(index), text.encode(errors="replace") if isinstance(text, str) else text
-
-
-def _long_lines(text: bytes) -> set[bytes]:
-    return {line for line in map(bytes.strip, text.split(b"\n")) if len(line) >= _LONG_LINE}
+        yield index, records.name(index), raw_text(record, data.field, records.name(index))
 
 
 class _Pool:

@@ -48,7 +48,8 @@ class Row:
       same_step_time: score less that of the dense models read at this step time, between two of them on a logarithmic
         axis; {} outside of their range and for the dense ones.
       seeds: those that are finished.   missing: those that are not.
-      commands: that repeat the run, by seed.
+      by_seed: scores of each of `seeds`.
+      commands: that repeat the run, by seed, each with what it prints at its end.
       curves: of each seed, (hours at the measured step time, held-out loss in nats) at every evaluation.
       loads: of each routed layer, mean share of choices by expert at the end (mean over seeds, sorted); () if dense.
       dropped: share of choices that were dropped at the end of training; None if dense.
@@ -69,6 +70,7 @@ class Row:
     seeds: tuple[int, ...]
     missing: tuple[int, ...]
     commands: tuple[str, ...]
+    by_seed: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     curves: tuple[tuple[tuple[float, float], ...], ...] = ()
     loads: tuple[tuple[float, ...], ...] = ()
     dropped: float | None = None

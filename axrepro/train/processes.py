@@ -1,5 +1,6 @@
 """What one process finds out, all processes act on: otherwise the others wait for it in a collective for ever."""
 
+import json
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -35,3 +36,20 @@ def on_first(action: Callable[[], T]) -> T | None:
         if error:
             raise UserError(error.decode(errors="replace"))
     return result
+
+
+def from_first(action: Callable[[], T]) -> T:
+    """What `action` returns on process 0, on all of them; something that JSON can hold.
+
+    Raises:
+      UserError: on every process, if it was raised on process 0.
+    """
+    result = on_first(action)
+    if jax.process_count() == 1:
+        return result
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(result).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    text = np.resize(text, length) if jax.process_index() else text
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(text)).tobytes())

@@ -17,7 +17,8 @@ from axrepro.train.workdir import Workdir
 PACKAGES = ("axrepro", "jax", "jaxlib", "libtpu", "optax", "orbax-checkpoint", "ml-collections", "numpy")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide about a run."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -27,7 +28,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of this source tree, with "+changes" where it differs; None outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
@@ -66,8 +67,8 @@ def record_config(workdir: Workdir, name: str, experiment: Experiment) -> None:
         "config": json.loads(to_json(experiment)),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
-        "versions": _versions(),
-        "git_commit": _git_commit(),
+        "versions": versions(),
+        "git_commit": git_commit(),
     }
     folder = workdir.local
     path = folder / "config.json"

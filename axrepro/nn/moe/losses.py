@@ -99,7 +99,7 @@ class RouterLosses:
         capacity: int,
         ctx: Context,
     ) -> dict:
-        """The losses that have a weight, and the entropy as a metric.
+        """The losses that have a weight, and as metrics the entropy and the mean square of the logits.
 
         Args:
           probs: of the logits; sums to 1.   routing: before anything is dropped.
@@ -115,7 +115,8 @@ class RouterLosses:
         share = counted / jnp.maximum(counted.sum(-1, keepdims=True), 1)  # [N, E]
         mean_probs = jnp.where(valid[:, :, None], probs, 0).sum(1) / tokens
         entropy = _entropy(probs)
-        aux: dict = {"router_entropy": Metric.mean(entropy, valid)}
+        square = jnp.square(logits).mean(-1)
+        aux: dict = {"router_entropy": Metric.mean(entropy, valid), "router_logit_square": Metric.mean(square, valid)}
         if self.balance:
             balance = num_experts * (share * mean_probs).sum(-1)  # counting has no gradient
             if self.adaptive is not None:

@@ -1,0 +1,321 @@
+"""From what a study's folder holds to what its report says."""
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from axrepro.study import bootstrap, forecasts
+from axrepro.study.bootstrap import Estimate
+from axrepro.study.budget import arm_steps, dense_steps
+from axrepro.study.files import read_json
+from axrepro.study.measured import cost, read_facts
+from axrepro.study.results import SCORES, Facts, Finding, Results, Row
+from axrepro.study.step_time import WARM_UP
+from axrepro.study.study import Arm, Expectation, Rule, Rung, Series, Study
+from axrepro.study.sweep import Cell, read, slug
+
+Pair = tuple[np.ndarray, np.ndarray]  # numerators and denominators, [seeds, documents or questions]
+_FLAT = 0.1  # what "stays" allows
+
+
+class Plan:
+    """The cells of a study: which steps each arm takes under each rule.
+
+    Attributes:
+      facts: by slug.   changes: of all experiments.
+    """
+
+    def __init__(self, study: Study, facts: Mapping[str, Facts], changes: Mapping[str, str]):
+        self._study, self.facts, self.changes = study, facts, changes
+
+    def of(self, arm: Arm) -> Facts:
+        """The facts of an arm."""
+        return self.facts[slug(arm, self.changes)]
+
+    def steps(self, rung: Rung, arm: Arm, rule: Rule) -> int:
+        """Of an arm of a rung under a rule."""
+        study, dense = self._study, self.of(rung.dense)
+        base = dense_steps(cost(dense), dense.outside, study.tokens_per_parameter, study.hours)
+        return base if arm == rung.dense else arm_steps(rule, cost(self.of(arm)), cost(dense), base)
+
+    def cell(self, arm: Arm, steps: int, seed: int) -> Cell:
+        """A run."""
+        return Cell(arm, steps, seed, self.changes)
+
+    def cells(self) -> Iterator[Cell]:
+        """All runs, seed by seed, so that what is there of a stopped sweep compares; the ladder comes first."""
+        study = self._study
+        for seed in study.seeds:
+            for rung in study.ladder:
+                for arm in rung.arms:
+                    for rule in study.rules:
+                        yield self.cell(arm, self.steps(rung, arm, rule), seed)
+        for seed in study.seeds:
+            for series in study.ablations:
+                for arm in series.arms:
+                    yield self.cell(arm, study.ablation_steps, seed)
+
+    def seconds(self, cells: Sequence[Cell]) -> float:
+        """Of the training of these cells, at the measured step times."""
+        return sum(self.of(cell.arm).seconds.value * cell.steps for cell in {c.key: c for c in cells}.values())
+
+
+def scores(cells: Sequence[Mapping[str, Any]]) -> dict[str, Pair]:
+    """What each score is the ratio of, of runs that differ in their seed."""
+    documents = lambda name: np.array([cell["documents"][name] for cell in cells], np.float64)
+    answers = np.array([cell["answers"] for cell in cells], np.float64)
+    return {
+        "bits_per_byte": (documents("bits"), documents("bytes")),
+        "accuracy": (documents("correct"), documents("tokens")),
+        "choice": (answers, np.ones_like(answers)),
+    }
+
+
+def rows(study: Study, plan: Plan, folder: epath.Path) -> tuple[Row, ...]:
+    """The ladder's table."""
+    found, cells = [], _Finished(plan, folder)
+    for rung in study.ladder:
+        for arm in rung.arms:
+            for rule in study.rules:
+                found.append(_row(study, plan, cells, rung, arm, rule))
+    return tuple(found)
+
+
+class _Finished:
+    """Finished cells, each read once."""
+
+    def __init__(self, plan: Plan, folder: epath.Path):
+        self._plan, self._folder, self._read = plan, folder, {}
+
+    def __call__(self, arm: Arm, steps: int, seeds: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """By seed; those that are not finished are left out."""
+        found = {}
+        for seed in seeds:
+            cell = self._plan.cell(arm, steps, seed)
+            if cell.folder not in self._read:
+                self._read[cell.folder] = read(cell, self._folder)
+            if self._read[cell.folder] is not None:
+                found[seed] = self._read[cell.folder]
+        return found
+
+
+def _row(study: Study, plan: Plan, finished: _Finished, rung: Rung, arm: Arm, rule: Rule) -> Row:
+    facts, dense_facts = plan.of(arm), plan.of(rung.dense)
+    steps = plan.steps(rung, arm, rule)
+    cells = finished(arm, steps, study.seeds)
+    is_dense = arm == rung.dense
+    dense = finished(rung.dense, plan.steps(rung, rung.dense, rule), study.seeds)
+    both = [seed for seed in study.seeds if seed in cells and seed in dense]
+    pairs = scores(list(cells.values())) if cells else {}
+    gain, same = {}, {}
+    if not is_dense and both:
+        ours, theirs = scores([cells[s] for s in both]), scores([dense[s] for s in both])
+        gain = {name: bootstrap.difference(ours[name], theirs[name]) for name in SCORES}
+        same = _at_same_step_time(study, plan, finished, rule, facts, cells)
+    increase = None
+    if not is_dense:
+        ratio = bootstrap.median_ratio(facts.rounds, dense_facts.rounds)
+        increase = Estimate(ratio.value - 1, ratio.low - 1, ratio.high - 1)
+    hours = lambda step: step * facts.seconds.value / 3600
+    return Row(
+        rung=rung.name,
+        facts=facts,
+        dense=is_dense,
+        rule=rule,
+        steps=steps,
+        tokens=steps * facts.tokens,
+        flops=steps * facts.flops,
+        hours=hours(steps),
+        increase=increase,
+        scores={name: bootstrap.ratio(*pairs[name]) for name in pairs},
+        by_seed={name: tuple((above.sum(1) / below.sum(1)).tolist()) for name, (above, below) in pairs.items()},
+        gain=gain,
+        same_step_time=same,
+        seeds=tuple(cells),
+        missing=tuple(seed for seed in study.seeds if seed not in cells),
+        commands=tuple(map(_command, cells.values())),
+        curves=tuple(tuple((hours(step), loss) for step, loss in cell["eval"]) for cell in cells.values()),
+        loads=_loads(cells.values()),
+        dropped=None if is_dense else _routing(cells.values(), "dropped"),
+    )
+
+
+def _command(cell: Mapping[str, Any]) -> str:
+    """What repeats a run, and what it will print at its end."""
+    return f"{cell['command']}  # eval/bits_per_byte {cell['scalars']['eval/bits_per_byte']:.4f}"
+
+
+def _at_same_step_time(study, plan, finished, rule, facts: Facts, cells: Mapping[int, Mapping]) -> dict[str, Estimate]:
+    """Scores less those of the dense models, read between two of them at this step time."""
+    curve = []
+    for rung in study.ladder:
+        dense = finished(rung.dense, plan.steps(rung, rung.dense, rule), study.seeds)
+        curve.append((plan.of(rung.dense).seconds.value, dense))
+    seeds = [seed for seed in cells if all(seed in dense for _, dense in curve)]
+    if not seeds or len(curve) < 2:
+        return {}
+    curve.sort(key=lambda point: point[0])
+    ours = scores([cells[s] for s in seeds])
+    theirs = [scores([dense[s] for s in seeds]) for _, dense in curve]
+    found = {}
+    for name in SCORES:
+        xs = [x for x, _ in curve]
+        found[name] = bootstrap.curve_difference(ours[name], [t[name] for t in theirs], facts.seconds.value, xs)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _named(values: Mapping[str, Any], name: str) -> list:
+    return [value for path, value in values.items() if path.split("/")[-1] == name]
+
+
+def _routing(cells, name: str) -> float | None:
+    """Mean over layers and seeds."""
+    found = [value for cell in cells for value in _named(cell["routing"], name)]
+    return statistics.fmean(found) if found else None
+
+
+def _loads(cells) -> tuple[tuple[float, ...], ...]:
+    """[layer][expert] shares, sorted in each run, then averaged over runs."""
+    stacked = []
+    for cell in cells:
+        if loads := _named(cell["loads"], "load"):
+            layers = [np.sort(layer)[::-1] for load in loads for layer in np.atleast_2d(load)]
+            stacked.append(np.stack(layers))
+    return tuple(map(tuple, np.mean(stacked, 0).tolist())) if stacked else ()
+
+
+def findings(study: Study, plan: Plan, folder: epath.Path) -> tuple[Finding, ...]:
+    """Whether what was expected of the ablations held; of those whose cells are finished."""
+    finished, found = _Finished(plan, folder), []
+    for series in study.ablations:
+        cells = [finished(arm, study.ablation_steps, study.seeds) for arm in series.arms]
+        seeds = [seed for seed in study.seeds if all(seed in one for one in cells)]
+        for expectation in series.expected:
+            if seeds or expectation.measure == "step_time":
+                runs = [[one[seed] for seed in seeds] for one in cells]
+                found.append(_finding(plan, series, expectation, runs))
+    return tuple(found)
+
+
+def _finding(plan: Plan, series: Series, expectation: Expectation, runs: list[list[Mapping[str, Any]]]) -> Finding:
+    relative = expectation.direction == "stays" or expectation.measure == "step_time"
+    if expectation.measure == "step_time":
+        facts = [plan.of(arm) for arm in series.arms]
+        values = [f.seconds for f in facts]
+        ratio = bootstrap.median_ratio(facts[-1].rounds, facts[0].rounds)
+        change = Estimate(ratio.value - 1, ratio.low - 1, ratio.high - 1)
+    elif expectation.measure == "bits_per_byte":
+        pairs = [scores(cells)["bits_per_byte"] for cells in runs]
+        values = [bootstrap.ratio(*pair) for pair in pairs]
+        change = bootstrap.difference(pairs[-1], pairs[0])
+    else:
+        measured = [[_measure(expectation.measure, cell) for cell in cells] for cells in runs]
+        values = [bootstrap.mean(seeds) for seeds in measured]
+        change = bootstrap.mean_difference(measured[-1], measured[0])
+    if relative and expectation.measure != "step_time":
+        first = values[0].value
+        change = Estimate(change.value / first, change.low / first, change.high / first)
+    return Finding(
+        series=series,
+        expectation=expectation,
+        values=tuple(values),
+        change=change,
+        verdict=verdict(expectation.direction, change),
+    )
+
+
+def _measure(name: str, cell: Mapping[str, Any]) -> float:
+    """Of a run's routers at the end of training, mean over the layers."""
+    found = {"dropped": "dropped", "busiest": "max_violation", "router_logits": "router_logit_square"}[name]
+    values = _named(cell["routing"], found)
+    if name == "busiest":
+        return 1 + statistics.fmean(values)
+    return math.sqrt(statistics.fmean(values)) if name == "router_logits" else statistics.fmean(values)
+
+
+def verdict(direction: str, change: Estimate) -> str:
+    """Whether a change with its interval is in the expected direction."""
+    inside, outside = {
+        "falls": (change.high < 0, change.low > 0),
+        "rises": (change.low > 0, change.high < 0),
+        "stays": (max(-change.low, change.high) <= _FLAT, change.low > _FLAT or change.high < -_FLAT),
+    }[direction]
+    return "held" if inside else "did not hold" if outside else "open"
+
+
+def assemble(
+    name: str, study: Study, changes: Mapping[str, str], folder: epath.Path, notes: Sequence[str] = ()
+) -> Results:
+    """Everything that the folder holds of a study.
+
+    Args:
+      notes: of what failed.
+    """
+    facts = read_facts(study, changes, folder)
+    plan = Plan(study, facts, changes)
+    measured = all(slug(arm, changes) in facts for arm in study.trained())
+    if measured:
+        table, found = rows(study, plan, folder), findings(study, plan, folder)
+    else:
+        table, found = (), ()
+    predicted = forecasts.read(folder, study)
+    data, given_away = _data(plan, folder) if measured else ("", [])
+    conditions = _conditions(read_json(folder / "study.json") or {"starts": []}, study, changes)
+    return Results(
+        study=name,
+        conditions=conditions | ({"data": data} if data else {}),
+        rows=table,
+        facts=tuple(facts.values()),
+        findings=found,
+        predicted=predicted,
+        not_run=(*notes, *given_away, *(_not_run(study, plan, folder) if measured else ())),
+    )
+
+
+def _data(plan: Plan, folder: epath.Path) -> tuple[str, list[str]]:
+    """What the models were trained on and scored on, and what is wrong with that."""
+    cells = [cell for cell in (read(cell, folder) for cell in plan.cells()) if cell is not None]
+    described = {
+        f"{cell['data']}; held out {len(cell['documents']['bytes'])} documents of {sum(cell['documents']['bytes']):,} "
+        f"bytes, which give {len(cell['answers'])} questions": None
+        for cell in cells
+    }
+    names = sorted({name for cell in cells for name in cell["given_away"]})
+    text = f"no score leaves out the held-out documents that training documents give away: {', '.join(names)}"
+    return "; ".join(described), [text] if names else []
+
+
+def _conditions(record: Mapping[str, Any], study: Study, changes: Mapping[str, str]) -> dict[str, str]:
+    starts = record["starts"]
+    distinct = lambda values: "; then ".join(dict.fromkeys(values))
+    found = {
+        "command": distinct(start["command"] for start in starts),
+        "hardware": distinct(start["device"] for start in starts),
+        "versions": distinct(", ".join(f"{k} {v}" for k, v in start["versions"].items()) for start in starts),
+        "commit": distinct(start["git_commit"] or "none" for start in starts),
+    }
+    if starts:
+        found["started"] = distinct(start["time"] for start in starts[:1])
+    if study.hours is None:
+        found["budget"] = f"{study.tokens_per_parameter:g} tokens per dense parameter outside the embedding"
+    else:
+        found["budget"] = f"{study.hours:g} hours of each dense model"
+    found["seeds"] = ", ".join(map(str, study.seeds))
+    found["step times"] = f"{study.rounds} interleaved rounds of {study.round_steps} steps, {WARM_UP} more left out"
+    if changes:
+        found["changes of all experiments"] = ", ".join(f"{path}={value}" for path, value in changes.items())
+    return found
+
+
+def _not_run(study: Study, plan: Plan, folder: epath.Path) -> Iterator[str]:
+    """Ablations that are not finished; what is missing of the ladder, a row tells itself."""
+    finished = _Finished(plan, folder)
+    for series in study.ablations:
+        for arm in series.arms:
+            found = finished(arm, study.ablation_steps, study.seeds)
+            if missing := [str(seed) for seed in study.seeds if seed not in found]:
+                yield f"ablation of the {series.name}, {arm.label}: seeds {', '.join(missing)}"

@@ -1,0 +1,180 @@
+"""What a study says of slices that are not here: every arm of its outlook, compiled for them and timed by the model of
+`axrepro.aot`. One line per arm and configuration in FOLDER/forecasts/TOPOLOGY.jsonl.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from axrepro import registry
+from axrepro.aot.forecast import forecast
+from axrepro.aot.slices import Slice, find_slice
+from axrepro.core.config import to_json
+from axrepro.errors import UserError
+from axrepro.launch import _config
+from axrepro.study.results import Predicted
+from axrepro.study.study import RULES, Arm, Outlook, Rule, Study
+from axrepro.train.effect import Effect
+from axrepro.train.experiment import Experiment
+from axrepro.train.hardware import slice_name
+
+_GIB = 2**30
+_Name = tuple[str, tuple[tuple[str, str], ...]]
+
+
+def forecast_all(outlook: Outlook, topology: str, folder: Path, tell: Callable[[str], None] = print) -> None:
+    """Forecasts every arm that `folder` has no forecast of yet, as it is configured now; each takes some seconds.
+
+    An arm that cannot be (its mesh does not fit, the compiler refuses it) is kept with the reason in place of figures,
+    and tried again the next time.
+
+    Raises:
+      UserError: if there is no such slice.
+    """
+    hardware = find_slice(topology)
+    path = _path(folder, topology)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = _known(path)
+    done = {line["config"]: line for line in known.values() if "error" not in line}
+    _cut_half_a_line(path)
+    arms = {_name(arm): arm for _, dense, arms in _groups(outlook) for arm in (dense, *arms) if arm is not None}
+    with path.open("a") as file:
+        for number, (name, arm) in enumerate(arms.items(), start=1):
+            old = known.get(name, {})
+            line = {"experiment": arm.experiment, "changes": [list(change) for change in arm.changes]}
+            try:
+                experiment = _configured(arm, hardware)
+                line["config"] = config = hashlib.sha256(to_json(experiment).encode()).hexdigest()
+                if old.get("config") == config and "error" not in old:
+                    continue
+                # arms of two series may be one and the same
+                done[config] = line = (done.get(config) or _figures(experiment, hardware)) | line
+                told = f"{line['seconds']:.3f} s, {line['memory'] / _GIB:.1f} of {line['capacity'] / _GIB:.1f} GiB"
+            except (UserError, RuntimeError) as error:
+                line["error"] = told = _reason(error)
+            if line != old:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+            tell(f"forecast {number} of {len(arms)} on {topology}, {arm.label} ({arm.experiment}): {told}")
+
+
+def read(folder: Path, study: Study) -> tuple[Predicted, ...]:
+    """The forecasts in `folder` of the arms of a study's outlook, by slice, and in its order; those missing are left
+    out.
+
+    Training budgets follow from `study.tokens_per_parameter` alone: `study.hours` are those of the machine that trains.
+    """
+    found = []
+    for path in sorted((folder / "forecasts").glob("*.jsonl")):
+        known = _known(path)
+        for where, dense, arms in _groups(study.outlook):
+            base = known.get(_name(dense)) if dense is not None else None
+            pairs = [(dense, True)] * (dense is not None) + [(arm, False) for arm in arms]
+            found += [
+                _predicted(path.stem, where, arm, is_dense, known[_name(arm)], base, study.tokens_per_parameter)
+                for arm, is_dense in pairs
+                if _name(arm) in known
+            ]
+    return tuple(found)
+
+
+def outside_embedding(facts: Effect) -> int:
+    """Parameters but for the embedding and the head, tied or not: those without an axis for the vocabulary."""
+    return sum(math.prod(one.shape) for one in facts.parameters.values() if "vocab" not in one.axes)
+
+
+def training_tokens(rule: Rule, tokens: float, *, seconds: tuple[float, float], flops: tuple[float, float]) -> float:
+    """The tokens that a model is trained on where the dense one gets `tokens`.
+
+    Args:
+      seconds, flops: that a token takes, of the dense model and of this one.
+    """
+    dense, this = {"wall_clock": seconds, "tokens": (1.0, 1.0), "flops": flops}[rule]
+    return tokens * dense / this
+
+
+def _groups(outlook: Outlook) -> Iterator[tuple[str, Arm | None, tuple[Arm, ...]]]:
+    """(name, dense arm, the others) of all rungs and series."""
+    for rung in outlook.ladder:
+        yield rung.name, rung.dense, rung.sparse
+    for series in outlook.series:
+        yield series.name, series.dense, series.arms
+
+
+def _name(arm: Arm) -> _Name:
+    return arm.experiment, arm.changes
+
+
+def _configured(arm: Arm, hardware: Slice) -> Experiment:
+    where = slice_name(hardware.kind, hardware.devices), hardware.devices, hardware.slices
+    experiment, _ = _config(registry.find(arm.experiment, registry.index()), where, dict(arm.changes))
+    return experiment
+
+
+def _figures(experiment: Experiment, hardware: Slice) -> dict:
+    found = forecast(experiment, hardware)
+    assert found.time is not None
+    return {
+        "seconds": found.time.seconds,
+        "parts": dict(found.time.parts),
+        "mfu": found.speed["mfu"],
+        "flops": found.effect.flops.causal,
+        "tokens": found.effect.units,
+        "total": found.effect.total,
+        "active": found.effect.active,
+        "outside": outside_embedding(found.effect),
+        "memory": found.memory.total,
+        "capacity": found.compiled.capacity,
+        "mesh": {axis: size for axis, size in found.compiled.mesh.items() if size > 1},
+    }
+
+
+def _reason(error: Exception) -> str:
+    """In one line: a fault of the compiler ends with what it is, after its traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _predicted(
+    topology: str, where: str, arm: Arm, dense: bool, line: Mapping, base: Mapping | None, tokens_per_parameter: float
+) -> Predicted:
+    names = ("seconds", "parts", "mfu", "flops", "tokens", "total", "active", "outside", "memory", "capacity", "mesh")
+    figures = {name: line.get(name, {} if name in ("parts", "mesh") else 0) for name in names}
+    increase, tokens = None, {}
+    if base is not None and "error" not in base and "error" not in line:
+        per_token = lambda what: (base[what] / base["tokens"], line[what] / line["tokens"])
+        budget = tokens_per_parameter * base["outside"]
+        times, flops = per_token("seconds"), per_token("flops")
+        tokens = {rule: training_tokens(rule, budget, seconds=times, flops=flops) for rule in RULES}
+        increase = None if dense else line["seconds"] / base["seconds"] - 1
+    return Predicted(
+        slice=topology,
+        where=where,
+        arm=arm,
+        dense=dense,
+        fits="error" not in line and line["memory"] <= line["capacity"],
+        increase=increase,
+        training_tokens=tokens,
+        error=line.get("error", ""),
+        **figures,
+    )
+
+
+def _path(folder: Path, topology: str) -> Path:
+    return folder / "forecasts" / f"{topology}.jsonl"
+
+
+def _known(path: Path) -> dict[_Name, dict]:
+    """The last line of each arm; a last line cut short by a kill is left out."""
+    text = path.read_text() if path.exists() else ""
+    lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+    return {(line["experiment"], tuple(map(tuple, line["changes"]))): line for line in lines}
+
+
+def _cut_half_a_line(path: Path) -> None:
+    """So that what is appended begins a line."""
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)

@@ -1,0 +1,100 @@
+"""Step times of a study's arms on this hardware, kept in `step_times.json` so that budgets do not change later."""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import jax
+from etils import epath
+
+from axrepro.core.config import to_json
+from axrepro.errors import UserError
+from axrepro.study.bootstrap import median
+from axrepro.study.budget import Cost
+from axrepro.study.files import read_json, write_json
+from axrepro.study.results import Facts
+from axrepro.study.step_time import measure
+from axrepro.study.study import Arm, Study
+from axrepro.study.sweep import Hardware, experiment_of, slug
+from axrepro.train.effect import Effect, effect
+from axrepro.train.experiment import Experiment
+from axrepro.train.processes import from_first, on_first
+
+
+def outside_embedding(facts: Effect) -> int:
+    """Parameters that have no vocabulary axis: all but the embedding and the head."""
+    return sum(math.prod(p.shape) for p in facts.parameters.values() if "vocab" not in p.axes)
+
+
+def device() -> str:
+    """What this is, in words."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def fingerprint(experiment: Experiment) -> str:
+    """Of all settings."""
+    return hashlib.sha256(to_json(experiment).encode()).hexdigest()[:16]
+
+
+def measure_all(
+    study: Study,
+    changes: Mapping[str, str],
+    folder: epath.Path,
+    hardware: Hardware,
+    tell: Callable[[str], None],
+) -> dict[str, Facts]:
+    """The facts of all arms that are trained, by `slug`; those that `step_times.json` has are not measured again.
+
+    Args:
+      changes: of all experiments.
+    Raises:
+      UserError: if they were measured on other hardware, or an arm does not fit.
+    """
+    path = folder / "step_times.json"
+    known: dict[str, Any] = from_first(lambda: read_json(path)) or {"device": device(), "arms": {}}
+    if known["device"] != device():
+        raise UserError(
+            f"the step times in {folder} are those of {known['device']}, and this is {device()}: budgets would not "
+            "compare; choose another --workdir"
+        )
+    arms = {slug(arm, changes): arm for arm in study.trained()}
+    experiments = {name: experiment_of(arm, hardware, {**dict(arm.changes), **changes}) for name, arm in arms.items()}
+    new = {
+        name: experiment
+        for name, experiment in experiments.items()
+        if known["arms"].get(name, {}).get("config") != fingerprint(experiment)
+    }
+    if new:
+        for name, measured in measure(new, study.rounds, study.round_steps, tell).items():
+            found = _counted(arms[name], effect(new[name], *hardware))
+            known["arms"][name] = {"config": fingerprint(new[name]), **found, **asdict(measured)}
+        known = from_first(lambda: known)  # clocks differ: all processes go by that of the first
+        on_first(lambda: write_json(path, known))
+    return {name: _facts(arm, known["arms"][name]) for name, arm in arms.items()}
+
+
+def read_facts(study: Study, changes: Mapping[str, str], folder: epath.Path) -> dict[str, Facts]:
+    """Those that were measured, by `slug`."""
+    known = (read_json(folder / "step_times.json") or {"arms": {}})["arms"]
+    arms = {slug(arm, changes): arm for arm in study.trained()}
+    return {name: _facts(arm, known[name]) for name, arm in arms.items() if name in known}
+
+
+def _counted(arm: Arm, found: Effect) -> dict[str, Any]:
+    if found.unit != "tokens":
+        raise UserError(f"arm {arm.label!r} learns from {found.unit}; a study is about language models")
+    counts = {"total": found.total, "active": found.active, "outside": outside_embedding(found)}
+    return {**counts, "tokens": found.units, "flops": found.flops.causal}
+
+
+def _facts(arm: Arm, known: Mapping[str, Any]) -> Facts:
+    names = ("total", "active", "outside", "tokens", "flops", "parts", "memory")
+    counted = {name: known[name] for name in names}
+    return Facts(arm=arm, seconds=median(known["rounds"]), rounds=tuple(known["rounds"]), **counted)
+
+
+def cost(facts: Facts) -> Cost:
+    """What budgets go by."""
+    return Cost(facts.tokens, facts.flops, facts.seconds.value)

@@ -1,0 +1,613 @@
+"""The report of a study: study.md with its figures and tables, written from the results alone."""
+
+import csv
+import io
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from axrepro.study import figures
+from axrepro.study.bootstrap import Estimate
+from axrepro.study.results import SCORES, Facts, Finding, Predicted, Results, Row
+from axrepro.study.study import Rule
+from axrepro.study.wording import (
+    GAIN_FORMS,
+    MEASURE_WORDS,
+    MISSING,
+    PERCENT,
+    RULE_WORDS,
+    SCORE_FORMS,
+    SCORE_WORDS,
+    count,
+    duration,
+    measured,
+    named,
+)
+from axrepro.train.describe import readable
+
+_BLAMED = 3  # parts that are named for a difference of step time
+_ALONG = "What a step of each arm takes over that of the dense model that its series is compared with."
+
+
+def write(results: Results, folder: Path) -> None:
+    """Writes study.md, its figures and its tables into the folder, and removes those of an earlier report that have
+    become empty. If something fails before all are on disk, the earlier report stays as it is.
+    """
+    pictures = figures.draw(results)
+    tables = {name: _csv(rows) for name, rows in _tables(results).items()}
+    files = {**pictures, **{name: found for name, found in tables.items() if found}}
+    files["study.md"] = page(results, files).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = {name: folder / f"{name}.new" for name in files}
+    try:
+        for name, content in files.items():
+            scratch[name].write_bytes(content)
+        for name in files:
+            os.replace(scratch[name], folder / name)
+    finally:
+        for path in scratch.values():
+            path.unlink(missing_ok=True)
+    for name in (figures.FIGURES.keys() | tables.keys()) - files.keys():
+        (folder / name).unlink(missing_ok=True)
+
+
+def page(results: Results, files: Iterable[str]) -> str:
+    """The text of study.md.
+
+    Args:
+      files: names of the figures and tables that are written beside it.
+    """
+    sections: dict[str, list[str]] = {
+        "Answer": _answer(results),
+        "Conditions": [_table(("what", "value"), results.conditions.items())] if results.conditions else [],
+        "Ladder": _ladder(results),
+        "Step times": _step_times(results),
+        "Ablations": _ablations(results),
+        "Step time along series": [_ALONG] if "increase_over_dense.png" in files else [],
+        "Forecasts": _forecasts(results),
+        "How to repeat a cell": _commands(results),
+        "What was not run": [_bullets(_not_run(results))],
+    }
+    lines = [f"# Study {results.study}: dense models and mixtures of experts"]
+    for title, blocks in sections.items():
+        if not blocks:
+            continue
+        lines.append(f"## {title}")
+        for name, (section, caption) in _CAPTIONS.items():
+            if section == title and name in files:
+                lines += [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})", caption]
+        lines += blocks
+        named_here = [f"[{name}]({name})" for name, section in _TABLE_OF.items() if section == title and name in files]
+        if named_here:
+            lines.append(f"The numbers: {', '.join(named_here)}.")
+    return "\n\n".join(lines) + "\n"
+
+
+_CAPTIONS = {
+    "speed_accuracy.png": (
+        "Ladder",
+        "How to read: a mark of a mixture that lies on the better side of the line of dense models is better than a "
+        "dense model of its step time would be. The rows of panels differ in how long the mixtures were trained.",
+    ),
+    "loss_wall_clock.png": (
+        "Ladder",
+        "How to read: at any place of the axis, the lowest line is the best model for that much time. Lines are means "
+        "over seeds, bands reach from the least to the largest. The start of training, where losses are high, is cut.",
+    ),
+    "step_time_breakdown.png": (
+        "Step times",
+        "How to read: a bar is one profiled step, taken apart; the black mark is the median of the step times without "
+        "a profiler, so that a gap between the two is time that the profile does not explain, or that it costs.",
+    ),
+    "expert_load.png": (
+        "Ladder",
+        "How to read: experts of a layer in the order of how often they were chosen at the end of training; a flat "
+        "line at 1 is perfect balance.",
+    ),
+    "ablations.png": (
+        "Ablations",
+        "How to read: each panel is one expectation about the measure from the first arm of a series to its last, and "
+        "what was found, with intervals.",
+    ),
+    "increase_over_dense.png": (
+        "Step time along series",
+        "How to read: filled marks were measured here (bars: the interval of the arm's step time alone), hollow ones "
+        "are forecasts for other hardware and other sizes, which do not tell what the measured ones would be there.",
+    ),
+    "forecast_breakdown.png": (
+        "Forecasts",
+        "How to read: as the measured bars, but every length is a forecast.",
+    ),
+}
+"""Of figures: the section that shows it, and how it is read."""
+_TABLE_OF = {
+    "ladder.csv": "Ladder",
+    "curves.csv": "Ladder",
+    "loads.csv": "Ladder",
+    "step_times.csv": "Step times",
+    "ablations.csv": "Ablations",
+    "forecasts.csv": "Forecasts",
+}
+"""The section that names a table."""
+
+
+def _verdict(score: str, gain: Estimate) -> str:
+    """Of a gain over a dense model: "better", "worse", or "not decided" if its interval holds 0."""
+    if gain.low > 0 or gain.high < 0:
+        return "better" if (gain.low > 0) != (score == "bits_per_byte") else "worse"
+    return "not decided"
+
+
+def _judged(rows: Iterable[Row], rule: Rule, score: str, against: str = "gain") -> dict[str, list[Row]]:
+    """Sparse rows of a rule by verdict."""
+    found: dict[str, list[Row]] = {"better": [], "worse": [], "not decided": []}
+    for row in rows:
+        gains = getattr(row, against)
+        if row.rule == rule and not row.dense and score in gains:
+            found[_verdict(score, gains[score])].append(row)
+    return found
+
+
+def _told(judged: Mapping[str, Sequence[Row]], score: str, against: str = "gain") -> str:
+    """ "better are A at small +1.0 (...), B at small +1.1 (...); not decided are ..." """
+    lists = []
+    for verdict, rows in judged.items():
+        gains = (
+            f"{_name(row)} {GAIN_FORMS[score].interval(getattr(row, against)[score], signed=True)}" for row in rows
+        )
+        if rows:
+            lists.append(f"{verdict} are {', '.join(gains)}")
+    return "; ".join(lists)
+
+
+def _name(row: Row) -> str:
+    return f"{row.facts.arm.label} at {row.rung}"
+
+
+def _answer(results: Results) -> list[str]:
+    rows = results.rows
+    main = _judged(rows, "wall_clock", "bits_per_byte")
+    compared = sum(map(len, main.values()))
+    lead = "It depends on the model whether mixtures of experts beat dense models at equal wall clock."
+    if not compared:
+        lead = "Nothing can be said yet about equal wall clock: no mixture was scored beside its dense model."
+    elif len(main["better"]) == compared:
+        lead = "At equal wall clock, mixtures of experts were better than dense models."
+    elif len(main["worse"]) == compared:
+        lead = "At equal wall clock, mixtures of experts were worse than dense models."
+    elif len(main["not decided"]) == compared:
+        lead = "It is not decided whether mixtures of experts beat dense models at equal wall clock."
+    said = [f"**{lead}**"]
+    if compared:
+        said.append(
+            "In held-out bits per byte less those of the dense model of the rung (below 0 is better, and it is not "
+            f"decided where the 95 % interval includes 0) {_told(main, 'bits_per_byte')}."
+        )
+    for score in SCORES[1:]:
+        numbers = {verdict: len(found) for verdict, found in _judged(rows, "wall_clock", score).items()}
+        if any(numbers.values()):
+            counted = ", ".join(f"{number} {verdict}" for verdict, number in numbers.items() if number)
+            said.append(f"By {SCORE_WORDS[score]}: {counted}.")
+    said += _only_at_equal_tokens(rows)
+    told = _told(_judged(rows, "wall_clock", "bits_per_byte", "same_step_time"), "bits_per_byte", "same_step_time")
+    if told:
+        said.append(
+            f"In bits per byte less those of a dense model of the same step time, read between two rungs, {told}."
+        )
+    return [" ".join(said), *_blame(rows), _intervals(results)]
+
+
+def _only_at_equal_tokens(rows: Sequence[Row]) -> list[str]:
+    tokens, clock = (_judged(rows, rule, "bits_per_byte") for rule in ("tokens", "wall_clock"))
+    if not any(tokens.values()) or not any(clock.values()):
+        return []
+    won = {_name(row) for row in clock["better"]}
+    only = {"better": [row for row in tokens["better"] if _name(row) not in won]}
+    if not only["better"]:
+        return ["None was better at equal tokens only."]
+    return [f"At equal tokens, but not at equal wall clock, {_told(only, 'bits_per_byte')}."]
+
+
+def _blame(rows: Iterable[Row]) -> list[str]:
+    """Which parts of a step made it longer or shorter than the dense model's, by the profiles."""
+    rows = list(rows)
+    dense = {row.rung: row.facts.parts for row in rows if row.dense}
+    told = {}
+    for row in rows:
+        if row.increase is None or _name(row) in told:
+            continue
+        text = f"{_name(row)}: {PERCENT.interval(row.increase, signed=True)}"
+        before, after = dense.get(row.rung, {}), row.facts.parts
+        if before and after:
+            sign = 1 if row.increase.value > 0 else -1
+            growth = {part: after.get(part, 0.0) - before.get(part, 0.0) for part in {**before, **after}}
+            blamed = [part for part in sorted(growth, key=lambda part: -sign * growth[part]) if sign * growth[part] > 0]
+            text += "".join(f", {part} {_change(growth[part])}" for part in blamed[:_BLAMED])
+        told[_name(row)] = text
+    if not told:
+        return []
+    said = "Step times over that of the dense model of the rung, and the parts of a profiled step that changed most:"
+    return [f"{said}\n\n{_bullets(told.values())}"]
+
+
+def _change(seconds: float) -> str:
+    return f"{'+' if seconds > 0 else '-'}{duration(abs(seconds))}"
+
+
+def _intervals(results: Results) -> str:
+    seeds = {len(row.seeds) for row in results.rows if row.seeds}
+    text = (
+        "How intervals were made: they hold 95 %. Those of scores and gains are bootstraps over seeds and documents "
+        "(over questions for the choice among four), with sparse and dense runs paired; those of step times are of the "
+        "median over rounds of measurement."
+    )
+    if seeds and max(seeds) == 1:
+        text += " With one seed they say nothing about how results vary between seeds."
+    elif seeds:
+        number = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else f"{max(seeds)}"
+        text += f" With {number} seeds the part that is due to seeds is rough."
+    return text
+
+
+def _ladder(results: Results) -> list[str]:
+    rows = results.rows
+    if not rows:
+        return []
+    models = {(row.rung, row.facts.arm.label): row for row in rows}.values()
+    blocks = [
+        "The models.",
+        _table(
+            ("rung", "arm", "parameters", "active", "outside the embedding", "step time", "over dense"),
+            (
+                (
+                    row.rung,
+                    row.facts.arm.label,
+                    count(row.facts.total),
+                    count(row.facts.active),
+                    count(row.facts.outside),
+                    duration(row.facts.seconds),
+                    PERCENT.interval(row.increase, signed=True),
+                )
+                for row in models
+            ),
+        ),
+        "Their training, and their scores at the end. The dense model of a rung is the same under every rule.",
+        _table(
+            ("rung", "arm", "at", "steps", "tokens", "time", "seeds", "dropped choices", *map(SCORE_WORDS.get, SCORES)),
+            (
+                (
+                    row.rung,
+                    row.facts.arm.label,
+                    ", ".join(rules),
+                    f"{row.steps:,}",
+                    count(row.tokens),
+                    duration(3600 * row.hours),
+                    str(len(row.seeds)),
+                    PERCENT.text(row.dropped),
+                    *(SCORE_FORMS[score].interval(row.scores.get(score)) for score in SCORES),
+                )
+                for row, rules in _with_rules(rows)
+            ),
+        ),
+    ]
+    sparse = [row for row in rows if not row.dense]
+    for against, title in (
+        ("gain", "Scores less those of the dense model of the same rung."),
+        ("same_step_time", "Scores less those of dense models at the same step time, read between two rungs."),
+    ):
+        found = [row for row in sparse if getattr(row, against)]
+        if found:
+            blocks += [title, _table(("rung", "arm", "at", *map(SCORE_WORDS.get, SCORES)), _gains(found, against))]
+    return blocks
+
+
+def _gains(rows: Iterable[Row], against: str) -> Iterator[tuple[str, ...]]:
+    for row in rows:
+        gains = getattr(row, against)
+        told = (GAIN_FORMS[score].interval(gains.get(score), signed=True) for score in SCORES)
+        yield row.rung, row.facts.arm.label, RULE_WORDS[row.rule], *told
+
+
+def _with_rules(rows: Iterable[Row]) -> Iterator[tuple[Row, list[str]]]:
+    """The runs and the rules they stand for: a dense model is trained once for all."""
+    runs: dict[tuple, tuple[Row, list[str]]] = {}
+    for row in rows:
+        key = (row.rung, row.facts.arm.label, row.steps, "" if row.dense else row.rule)
+        runs.setdefault(key, (row, []))[1].append(RULE_WORDS[row.rule])
+    yield from runs.values()
+
+
+def _facts(results: Results) -> list[tuple[str, Facts]]:
+    """What was measured, once, with the rungs and series that have it."""
+    where: dict[tuple, dict[str, None]] = defaultdict(dict)
+    for row in results.rows:
+        where[figures.same(row.facts.arm)][row.rung] = None
+    for finding in results.findings:
+        for arm in finding.series.arms:
+            where[figures.same(arm)][finding.series.name] = None
+    found = {figures.same(facts.arm): facts for facts in (*(row.facts for row in results.rows), *results.facts)}
+    return [(", ".join(where[key]) or MISSING, facts) for key, facts in found.items()]
+
+
+def _step_times(results: Results) -> list[str]:
+    found = _facts(results)
+    if not found:
+        return []
+    rows = (
+        (
+            where,
+            facts.arm.label,
+            duration(facts.seconds),
+            f"{duration(min(facts.rounds))} to {duration(max(facts.rounds))}" if facts.rounds else MISSING,
+            f"{count(facts.tokens / facts.seconds.value)}",
+            f"{facts.flops / facts.seconds.value / 1e12:.4g}",
+            readable(facts.memory) if facts.memory is not None else MISSING,
+        )
+        for where, facts in found
+    )
+    header = ("where", "arm", "step time", "rounds", "tokens/s", "model TFLOP/s", "memory of a device")
+    blocks = [_table(header, rows)]
+    profiled = [(where, facts.arm.label, facts.parts) for where, facts in found if facts.parts]
+    if profiled:
+        blocks += ["One profiled step of each, by part.", _parts_table(("where", "arm"), profiled)]
+    return blocks
+
+
+def _parts_table(header: Sequence[str], rows: Sequence[tuple[str, str, Mapping[str, float]]]) -> str:
+    sums: dict[str, float] = defaultdict(float)
+    for *_, parts in rows:
+        for part, seconds in parts.items():
+            sums[part] += seconds / (sum(parts.values()) or 1.0)
+    names = sorted(sums, key=lambda part: -sums[part])
+    cells = ((*who, *(duration(parts[name]) if name in parts else MISSING for name in names)) for *who, parts in rows)
+    return _table((*header, *names), cells)
+
+
+def _ablations(results: Results) -> list[str]:
+    if not results.findings:
+        return []
+    told = []
+    for verdict in ("held", "did not hold", "open"):
+        names = [
+            f"{MEASURE_WORDS[f.expectation.measure]} {f.expectation.direction} with {f.series.name}"
+            for f in results.findings
+            if f.verdict == verdict
+        ]
+        if names:
+            told.append(f"{verdict.capitalize()} ({len(names)}): {'; '.join(names)}.")
+    changes = ((*_expected(f), _found_change(f), f.verdict) for f in results.findings)
+    values = (
+        (f.series.name, MEASURE_WORDS[f.expectation.measure], named(arm), _form(f).interval(value))
+        for f in results.findings
+        for arm, value in zip(f.series.arms, f.values, strict=True)
+    )
+    return [
+        _bullets(told),
+        "Change from the first arm of a series to its last; of step time, and where it should stay, in percent of the "
+        "first. An expectation held if the whole interval lies on the expected side, and is open if it has both.",
+        _table(("series", "from", "to", "measure", "expected", "change", "verdict"), changes),
+        "The values.",
+        _table(("series", "measure", "arm", "value"), values),
+    ]
+
+
+def _expected(finding: Finding) -> tuple[str, ...]:
+    first, last = finding.series.arms[0], finding.series.arms[-1]
+    expectation = finding.expectation
+    return finding.series.name, named(first), named(last), MEASURE_WORDS[expectation.measure], expectation.direction
+
+
+def _form(finding: Finding):
+    return measured(finding.expectation.measure, finding.values[0].value)
+
+
+def _found_change(finding: Finding) -> str:
+    relative = finding.expectation.measure == "step_time" or finding.expectation.direction == "stays"
+    points = replace(PERCENT, unit="points") if finding.expectation.measure == "dropped" else _form(finding)
+    return (PERCENT if relative else points).interval(finding.change, signed=True)
+
+
+def _forecasts(results: Results) -> list[str]:
+    blocks = []
+    ladder = figures.ladder(results.predicted)
+    for name in dict.fromkeys(one.slice for one in results.predicted):
+        blocks.append(f"### {name}")
+        here = [one for one in results.predicted if one.slice == name]
+        rungs = [one for one in here if one in ladder]
+        if rungs:
+            blocks += ["#### ladder", _forecast_table(rungs, results)]
+        for series in dict.fromkeys(one.where for one in here if one not in ladder):
+            blocks += [f"#### {series}", _forecast_table([one for one in here if one.where == series], results)]
+    return blocks
+
+
+def _forecast_table(found: Sequence[Predicted], results: Results) -> str:
+    rules = [rule for rule in RULE_WORDS if any(rule in one.training_tokens for one in found)]
+    rows = []
+    for one in found:
+        start = [one.where, named(one.arm)]
+        if one.error:
+            rows.append([*start, f"no forecast: {one.error}"])
+            continue
+        capacity = f" of {readable(one.capacity)}" if one.capacity else ""
+        rows.append(
+            [
+                *start,
+                f"{count(one.total)} / {count(one.active)}",
+                ", ".join(f"{axis} {size}" for axis, size in one.mesh.items()) or MISSING,
+                duration(one.seconds),
+                PERCENT.text(one.increase, signed=True),
+                PERCENT.text(one.mfu),
+                f"{readable(one.memory)}{capacity}{'' if one.fits else ', DOES NOT FIT'}",
+                *(count(one.training_tokens[rule]) if rule in one.training_tokens else MISSING for rule in rules),
+            ]
+        )
+    header = ["where", "arm", "parameters / active", "mesh", "step time", "over dense", "MFU", "memory of a device"]
+    return _table([*header, *(f"tokens at {RULE_WORDS[rule]}" for rule in rules)], rows)
+
+
+def _commands(results: Results) -> list[str]:
+    lines = []
+    for row, rules in _with_rules(results.rows):
+        if row.commands:
+            lines += [f"# {_name(row)}: {', '.join(rules)}", *row.commands]
+    return ["```\n" + "\n".join(lines) + "\n```"] if lines else []
+
+
+def _not_run(results: Results) -> list[str]:
+    """What was left out, has failed, or is missing from the sections above."""
+    rows, lines = results.rows, list(results.not_run)
+    sparse = [row for row in rows if not row.dense]
+    rungs = dict.fromkeys(row.rung for row in rows)
+    for row, rules in _with_rules(rows):
+        if row.missing:
+            lines.append(f"{_name(row)}, {', '.join(rules)}: seeds {', '.join(map(str, row.missing))} are missing")
+        if not row.dense and row.seeds and not row.gain:
+            lines.append(f"{_name(row)}, {', '.join(rules)}: not compared with the dense model of its rung")
+    lines += [
+        f"forecast of {one.arm.label} ({one.where}) on {one.slice}: {one.error}"
+        for one in results.predicted
+        if one.error
+    ]
+    for condition, line in (
+        (not results.conditions, "no conditions are recorded"),
+        (not rows, "the ladder: no run has finished"),
+        (rows and not sparse, "mixtures of experts on the ladder: there is nothing to compare the dense models with"),
+        (len(rungs) == 1, "more than one rung: nothing can be read off at the same step time"),
+        (
+            len(rungs) > 1 and sparse and not any(row.same_step_time for row in sparse),
+            "dense models with step times on both sides of a mixture's",
+        ),
+        (not rows and not results.facts, "step times"),
+        (
+            (rows or results.facts) and not any(facts.parts for _, facts in _facts(results)),
+            "profiles: the step times are not taken apart",
+        ),
+        (rows and not any(all(row.curves) and row.curves for row in rows), "evaluations during training"),
+        (sparse and not any(row.loads for row in sparse), "the load of experts"),
+        (not results.findings, "ablations"),
+        (not results.predicted, "forecasts for slices"),
+        (rows and not any(row.commands for row in rows), "no commands are recorded that repeat a cell"),
+    ):
+        if condition:
+            lines.append(line)
+    for rule, words in RULE_WORDS.items():
+        if sparse and not any(row.rule == rule for row in sparse):
+            lines.append(f"training at {words}")
+    return lines or ["Nothing was left out."]
+
+
+def _table(header: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; short rows are filled up with dashes."""
+    header = list(header)
+    cells = [[*row, *[MISSING] * (len(header) - len(row))] for row in rows]
+    lines = [header, ["---"] * len(header), *cells]
+    clean = lambda cell: " ".join(str(cell).replace("|", "\\|").split())
+    return "\n".join(f"| {' | '.join(map(clean, line))} |" for line in lines)
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """A header and the rows, with all digits; nothing if there are none."""
+    if not rows:
+        return b""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _spread(name: str, estimate: Estimate | None) -> dict[str, float | None]:
+    """A value and its interval as three columns."""
+    names = (name, f"{name}_low", f"{name}_high")
+    values = (estimate.value, estimate.low, estimate.high) if estimate else (None,) * 3
+    return dict(zip(names, values, strict=True))
+
+
+def _tables(results: Results) -> dict[str, list[dict[str, Any]]]:
+    """The rows of every CSV file."""
+    return {
+        "ladder.csv": [_ladder_line(row) for row in results.rows],
+        "curves.csv": [
+            {**_cell(row), "seed": seed, "hours": hours, "loss": loss}
+            for row in results.rows
+            for seed, curve in zip(row.seeds, row.curves, strict=False)
+            for hours, loss in curve
+        ],
+        "loads.csv": [
+            {**_cell(row), "layer": layer, "place": place, "share": share}
+            for row in results.rows
+            for layer, shares in enumerate(row.loads)
+            for place, share in enumerate(shares)
+        ],
+        "step_times.csv": [line for where, facts in _facts(results) for line in _step_time_lines(where, facts)],
+        "ablations.csv": [line for finding in results.findings for line in _finding_lines(finding)],
+        "forecasts.csv": [line for one in results.predicted for line in _forecast_lines(one)],
+    }
+
+
+def _cell(row: Row) -> dict[str, Any]:
+    return {"rung": row.rung, "arm": row.facts.arm.label, "rule": row.rule}
+
+
+def _ladder_line(row: Row) -> dict[str, Any]:
+    facts = row.facts
+    line = {**_cell(row), "dense": row.dense, "total": facts.total, "active": facts.active, "outside": facts.outside}
+    line |= {"steps": row.steps, "tokens": row.tokens, "flops": row.flops, "hours": row.hours, "dropped": row.dropped}
+    line |= {**_spread("seconds", facts.seconds), **_spread("increase", row.increase)}
+    for kind in ("scores", "gain", "same_step_time"):
+        for score in SCORES:
+            line |= _spread(score if kind == "scores" else f"{kind}_{score}", getattr(row, kind).get(score))
+    return line | {"seeds": " ".join(map(str, row.seeds)), "missing": " ".join(map(str, row.missing))}
+
+
+def _step_time_lines(where: str, facts: Facts) -> Iterator[dict[str, Any]]:
+    """The step, its rounds, and the parts of one profiled step."""
+    changes = " ".join(f"{path}={value}" for path, value in facts.arm.changes)
+    start = {"where": where, "arm": facts.arm.label, "experiment": facts.arm.experiment, "changes": changes}
+    yield {**start, "kind": "step", "name": "median", **_spread("seconds", facts.seconds)}
+    for number, seconds in enumerate(facts.rounds):
+        yield {**start, "kind": "round", "name": str(number), "seconds": seconds}
+    for part, seconds in facts.parts.items():
+        yield {**start, "kind": "part", "name": part, "seconds": seconds}
+
+
+def _finding_lines(finding: Finding) -> Iterator[dict[str, Any]]:
+    """The value of each arm, then the change."""
+    expectation = finding.expectation
+    start = {"series": finding.series.name, "measure": expectation.measure, "expected": expectation.direction}
+    start["verdict"] = finding.verdict
+    for arm, value in zip(finding.series.arms, finding.values, strict=True):
+        yield {**start, "kind": "value", "arm": arm.label, "x": arm.x, **_spread("value", value)}
+    yield {**start, "kind": "change", **_spread("value", finding.change)}
+
+
+def _forecast_lines(one: Predicted) -> Iterator[dict[str, Any]]:
+    """The step with all that is known of it, then its parts."""
+    start = {"slice": one.slice, "where": one.where, "arm": one.arm.label, "x": one.arm.x, "dense": one.dense}
+    names = (
+        "seconds",
+        "increase",
+        "mfu",
+        "flops",
+        "tokens",
+        "total",
+        "active",
+        "outside",
+        "memory",
+        "capacity",
+        "fits",
+    )
+    line = {**start, "kind": "step", **{name: None if one.error else getattr(one, name) for name in names}}
+    line |= {f"training_tokens_{rule}": one.training_tokens.get(rule) for rule in RULE_WORDS}
+    mesh = " ".join(f"{axis}={size}" for axis, size in one.mesh.items())
+    yield {**line, "mesh": mesh, "part": None, "error": one.error}
+    for part, seconds in one.parts.items():
+        yield {**start, "kind": "part", "part": part, "seconds": seconds}

@@ -1,0 +1,103 @@
+"""How long the steps of several models take on the hardware that is attached.
+
+All are compiled first. Then they take turns: in each round every model takes some steps, and each round begins with
+another one, so that a machine that becomes slower or faster does so for all. A turn begins with steps that do not
+count. Between turns a model leaves the devices, so that models which fit one by one are compared even if they do not
+fit together.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import jax
+
+from axrepro.study.breakdown import profiled_parts
+from axrepro.train.experiment import Experiment
+from axrepro.train.loop import build_program, compile_step, first_state
+
+T = TypeVar("T")
+WARM_UP = 2  # steps of each turn that do not count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Of one model.
+
+    Attributes:
+      rounds: seconds per step in each round.   parts: seconds per step by part of the model, of one profile.
+      memory: bytes on a device, as compiled; None where the compiler does not tell.
+    """
+
+    rounds: tuple[float, ...]
+    parts: Mapping[str, float]
+    memory: int | None
+
+
+class _Turns:
+    """One model, ready to take steps on a batch of its own data."""
+
+    def __init__(self, experiment: Experiment):
+        self._program = build_program(experiment)
+        batches = experiment.data.batches("train", experiment.train.seed, self._program.run_mesh, experiment.rules)
+        self._batch = next(batches)
+        batches.close()
+        self._step = compile_step(self._program, self._batch)
+
+    def take(self, steps: int) -> float:
+        """Seconds per step of so many, after some that do not count."""
+        state = first_state(self._program)
+        for _ in range(WARM_UP):
+            state, _ = self._step(state, self._batch)
+        jax.block_until_ready(state)
+        started = time.perf_counter()
+        for _ in range(steps):
+            state, _ = self._step(state, self._batch)
+        jax.block_until_ready(state)
+        return (time.perf_counter() - started) / steps
+
+    def parts(self, seconds: float) -> Mapping[str, float]:
+        """What a step of so many seconds goes to."""
+        text = self._step.as_text() or ""
+        return profiled_parts(self._step, first_state(self._program), self._batch, text, seconds)[1]
+
+    def memory(self) -> int | None:
+        """Arguments and temporaries; outputs take the place of arguments."""
+        analysis = self._step.memory_analysis()
+        return None if analysis is None else analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+
+
+def in_turns(timed: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """What each function returned in each round; every round begins with another one."""
+    names = list(timed)
+    found: dict[str, list[T]] = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            found[name].append(timed[name]())
+    return found
+
+
+def measure(
+    experiments: Mapping[str, Experiment], rounds: int, steps: int, tell: Callable[[str], None] = print
+) -> dict[str, Measured]:
+    """Step times of experiments, by name.
+
+    Args:
+      steps: of each experiment in each round.
+    Raises:
+      UserError: for an experiment that does not fit the devices or its data.
+    """
+    turns = {}
+    for number, (name, experiment) in enumerate(experiments.items(), start=1):
+        tell(f"compiling {name} ({number} of {len(experiments)})")
+        turns[name] = _Turns(experiment)
+    tell(f"measuring step times: {rounds} rounds of {steps} steps")
+    times = in_turns({name: partial(turn.take, steps) for name, turn in turns.items()}, rounds)
+    middle = lambda values: sorted(values)[len(values) // 2]
+    return {
+        name: Measured(rounds=tuple(times[name]), parts=turn.parts(middle(times[name])), memory=turn.memory())
+        for name, turn in turns.items()
+    }

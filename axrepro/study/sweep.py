@@ -1,0 +1,203 @@
+"""The runs of a study: each is one that the launcher would make, and is made once.
+
+A cell is an arm, a number of steps and a seed, whatever rule led to them. Its folder is the run's workdir and holds
+`cell.json` once it is trained and scored. A sweep that was stopped, at whatever instant, goes on with the cell where it
+was, from that run's last checkpoint.
+"""
+
+import re
+import shlex
+import statistics
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from axrepro import registry
+from axrepro.errors import UserError
+from axrepro.launch import configured
+from axrepro.study.files import read_json, write_json
+from axrepro.study.held_out import Questions, leaks, make_questions, score_documents, score_questions
+from axrepro.study.study import Arm
+from axrepro.train.experiment import Experiment
+from axrepro.train.loop import build_program, train
+from axrepro.train.not_finite import NotFiniteError
+from axrepro.train.out_of_memory import OutOfMemoryError
+from axrepro.train.processes import from_first, on_first
+from axrepro.train.workdir import Workdir
+from axrepro.train.writers import read_metrics
+
+_END = 0.1  # of the logged steps whose routing counts as that of the end
+
+Hardware = tuple[str, int, int]
+
+
+def slug(arm: Arm, changes: Mapping[str, str]) -> str:
+    """A name for files that tells arms and changes apart: the experiment's, and what was changed if anything was."""
+    parts = [re.sub(r"\W+", "_", arm.experiment)]
+    parts += [f"{path.split('.')[-1]}={value}" for path, value in arm.changes]
+    everything = repr((sorted(arm.changes), sorted(changes.items())))
+    if arm.changes or changes:
+        parts.append(f"{zlib.crc32(everything.encode()):08x}")
+    return re.sub(r"[^\w=.,-]+", "_", ",".join(parts))[:120]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run of a study.
+
+    Attributes:
+      changes: what the user changed in all experiments, beside those of the arm.
+    """
+
+    arm: Arm
+    steps: int
+    seed: int
+    changes: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def key(self) -> tuple:
+        """Cells of one key are one run, whatever the arm is called."""
+        return self.arm.experiment, self.arm.changes, self.steps, self.seed
+
+    @property
+    def folder(self) -> str:
+        """Below the study's."""
+        return f"cells/{slug(self.arm, self.changes)}/steps{self.steps}_seed{self.seed}"
+
+    @property
+    def overrides(self) -> dict[str, str]:
+        """What the run changes in its experiment. Its own number of steps: schedules stretch to it."""
+        return {
+            **dict(self.arm.changes),
+            **self.changes,
+            "train.steps": str(self.steps),
+            "train.seed": str(self.seed),
+        }
+
+    def command(self, workdir: str) -> str:
+        """The command that repeats it."""
+        changes = [f"--experiment.{path}={value}" for path, value in self.overrides.items()]
+        argv = [f"--experiment={self.arm.experiment}", f"--workdir={workdir}", *changes]
+        return shlex.join(["python", "-m", "axrepro.launch", *argv])
+
+
+def experiment_of(arm: Arm, hardware: Hardware, overrides: Mapping[str, str]) -> Experiment:
+    """The experiment of an arm on some hardware, as the launcher would run it.
+
+    Raises:
+      UserError: naming the arm, if there is no such experiment, or a change does not fit it.
+    """
+    try:
+        return configured(registry.find(arm.experiment, registry.index()), hardware, overrides)[0]
+    except UserError as error:
+        raise UserError(f"arm {arm.label!r}: {error}") from None
+
+
+class StoppedError(Exception):
+    """The sweep was asked to stop; the same command goes on."""
+
+
+def run(
+    cells: Iterable[Cell],
+    folder: epath.Path,
+    hardware: Hardware,
+    questions: int,
+    tell: Callable[[str], None],
+) -> dict[tuple, str]:
+    """Trains and scores what is not finished yet. Returns why cells failed, by their keys; the others went on.
+
+    Args:
+      questions: how many each model is asked.
+    Raises:
+      UserError: if nothing can be written, or a cell's folder holds another run.
+      StoppedError: after SIGTERM, when the run has saved its state.
+    """
+    cells = list({cell.key: cell for cell in cells}.values())
+    failed, asked = {}, {}
+    for number, cell in enumerate(cells, start=1):
+        path = folder / cell.folder
+        experiment = experiment_of(cell.arm, hardware, cell.overrides)
+        if from_first(lambda path=path: (path / "cell.json").exists()):
+            continue
+        tell(f"cell {number} of {len(cells)}: {cell.arm.label}, {cell.steps} steps, seed {cell.seed}")
+        data = experiment.data
+        try:
+            if data not in asked:
+                asked[data] = make_questions(data, questions), leaks(data)
+                if names := ", ".join(asked[data][1]):
+                    tell(f"training documents give away the held-out {names:.300}; Decontaminated leaves them out")
+            _run_cell(cell, experiment, path, *asked[data])
+        except (NotFiniteError, OutOfMemoryError) as error:
+            failed[cell.key] = " ".join(str(error).split("\n")[0].split())
+            tell(f"failed: {failed[cell.key]}")
+    return failed
+
+
+def _run_cell(
+    cell: Cell, experiment: Experiment, path: epath.Path, questions: Questions, given_away: list[str]
+) -> None:
+    started, workdir = time.time(), Workdir(str(path))
+    outcome = train(experiment, workdir, registry.find(cell.arm.experiment, registry.index()).name)
+    if not outcome.complete:
+        raise StoppedError
+    program = build_program(experiment)
+    params = program.averaged(outcome.state.params, outcome.state.average)
+    documents = score_documents(program, params)
+    answers = score_questions(program, params, questions)
+    seconds = time.time() - started
+
+    def write() -> None:
+        record = {
+            "experiment": cell.arm.experiment,
+            "changes": dict(cell.arm.changes),
+            "steps": cell.steps,
+            "seed": cell.seed,
+            "command": cell.command("runs/again"),
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "seconds": seconds,
+            "resumed_from": outcome.resumed_from,
+            "data": experiment.data.describe(),
+            "given_away": given_away,
+            "documents": {
+                "names": list(documents.names),
+                **{name: getattr(documents, name).tolist() for name in ("bytes", "bits", "tokens", "correct")},
+            },
+            "answers": np.asarray(answers).astype(int).tolist(),
+            **_history(read_metrics(workdir.local / "metrics.jsonl")),
+        }
+        write_json(path / "cell.json", record)
+
+    on_first(write)
+
+
+def _history(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of a run's metrics: its held-out losses, step time, and what its routers did at the end."""
+    logged = [line for line in lines if "step_time_s" in line]
+    end = logged[-max(1, round(_END * len(logged))) :]
+    names = sorted({name for line in end for name in line if name.split("/")[-1] in _ROUTING})
+    loads = [line["histograms"] for line in lines if line.get("histograms")][-max(1, len(end)) :]
+    return {
+        # of the text alone: the losses of routers are added to "eval/loss"
+        "eval": [[line["step"], line.get("eval/loss/lm", line["eval/loss"])] for line in lines if "eval/loss" in line],
+        "scalars": {k: v for k, v in lines[-1].items() if k.startswith("eval/")},
+        "step_time_s": statistics.median(line["step_time_s"] for line in logged),
+        "routing": {name: statistics.fmean(line[name] for line in end if name in line) for name in names},
+        "loads": {
+            name: np.mean([line[name] for line in loads if name in line], 0).round(5).tolist()
+            for name in (loads[-1] if loads else {})
+        },
+    }
+
+
+_ROUTING = ("dropped", "max_violation", "router_entropy", "router_logit_square", "balance", "router_z")
+
+
+def read(cell: Cell, folder: epath.Path) -> dict[str, Any] | None:
+    """What a finished cell left; None if it is not finished."""
+    return read_json(folder / cell.folder / "cell.json")
