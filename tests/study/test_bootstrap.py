@@ -15,7 +15,6 @@ from axrepro.study.bootstrap import (
     median,
     median_ratio,
     ratio,
-    student_quantile,
 )
 
 
@@ -139,11 +138,6 @@ def test_medians_of_few_rounds_hold_the_truth_about_as_often_as_they_say():
     rng = np.random.default_rng(0)
     estimates = [median(rng.normal(1, 0.1, 12), resamples=400) for _ in range(200)]
     assert 0.85 <= np.mean([e.low <= 1 <= e.high for e in estimates]) <= 0.99
-
-
-def test_the_quantile_is_that_of_students_distribution():
-    for freedom in (*range(1, 41), 99, 1000):
-        assert student_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-9)
 
 
 def test_means_over_few_seeds_have_the_interval_of_students_test():
