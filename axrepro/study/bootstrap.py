@@ -31,8 +31,8 @@ def ratio(numerators: np.ndarray, denominators: np.ndarray, resamples: int = RES
 
     Crossed bootstrap: seeds and items are drawn with replacement, independently of each other, and every seed is scored
     on the same drawn items; the interval lies between percentiles. A single seed is never redrawn, so the interval then
-    tells of items alone. With S seeds their part of the variance comes out (S - 1) / S of what it is: intervals over
-    three seeds are somewhat too narrow where seeds differ more than items do.
+    tells of items alone. Few seeds are redrawn too alike: where scores differ by seed much more than by item, the
+    interval over three seeds holds the truth in about three cases of four.
     """
     return _combined([(numerators, denominators)], lambda score: score, resamples)
 

@@ -212,14 +212,14 @@ def _texts(data: Text, split: Split) -> Iterator[tuple[int, str, bytes]]:
     for index in range(len(records)):
         try:
             record = records[index]
+            if data.field not in record or {"tokens", "parts"} & set(record):
+                raise UserError(
+                    f"{records.name(index)} holds {', '.join(record)}; a study takes documents that hold their raw "
+                    f"text alone, as {data.field!r} (data.field)"
+                )
+            yield index, records.name(index), raw_text(record, data.field, records.name(index))
         except BadRecord:
             continue  # told and counted where the split is opened
-        if data.field not in record or {"tokens", "parts"} & set(record):
-            raise UserError(
-                f"{records.name(index)} holds {', '.join(record)}; a study takes documents that hold their raw text "
-                f"alone, as {data.field!r} (data.field)"
-            )
-        yield index, records.name(index), raw_text(record, data.field, records.name(index))
 
 
 class _Pool:

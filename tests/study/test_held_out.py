@@ -13,7 +13,7 @@ from scipy.special import log_softmax
 from axrepro.core import MeshShape, make_mesh
 from axrepro.core.config import swap
 from axrepro.core.interfaces import Layer
-from axrepro.data import BestFit, FromFunction, SentencePiece, Text
+from axrepro.data import BestFit, Bytes, FromFunction, Text
 from axrepro.errors import UserError
 from axrepro.methods.adapter import Freeze
 from axrepro.methods.language_model import LanguageModel
@@ -225,21 +225,33 @@ def test_choices_of_wide_characters_see_the_same_context():
         assert len(contexts) == 1
 
 
-def test_a_token_across_the_start_of_a_choice_is_compared(tmp_path):
-    trainer = pytest.importorskip("sentencepiece", reason="needs the extra `text`").SentencePieceTrainer
-    lines = [record["text"].decode() for record in lower_and_upper_case("eval")]
-    trainer.train(
-        sentence_iterator=iter("".join(lines).splitlines()),
-        model_prefix=str(tmp_path / "m"),
-        vocab_size=30,
-        minloglevel=2,
-    )
-    data = replace(DATA, vocabulary=SentencePiece(str(tmp_path / "m.model")))
-    questions = make_questions(data, 10)
+@dataclass(frozen=True)
+class Pairs(Bytes):
+    """Two bytes a token, from the start of the text; what is left is a token of its own."""
+
+    @property
+    def size(self):
+        return self.first_id + 2**17
+
+    def encode(self, text):
+        raw = text.encode() if isinstance(text, str) else text
+        return np.array([int.from_bytes(b"\1" + raw[i : i + 2]) for i in range(0, len(raw), 2)], np.int32) + 3
+
+    def decode(self, ids):
+        return b"".join((int(i) - 3).to_bytes(3).lstrip(b"\0")[1:] for i in ids).decode()
+
+
+def test_a_token_across_the_start_of_a_choice_is_compared():
+    questions, extra = make_questions(replace(DATA, vocabulary=Pairs()), 20), []
     for row, text in enumerate(text for texts in questions.texts for text in texts):
-        compared = data.vocabulary.decode(questions.targets[row][questions.mask[row]])
-        assert " ".join(text.split()) in compared
-        assert not questions.mask[row][questions.segment_ids[row] == 0].any()
+        mask, first = questions.mask[row], questions.mask[row - row % 4]
+        compared = Pairs().decode(questions.targets[row][mask])
+        assert compared.removesuffix(text) in ("", "\n")
+        assert compared.endswith(text)
+        extra.append(compared != text)
+        np.testing.assert_array_equal(mask.argmax(), first.argmax())
+    assert any(extra)
+    assert not all(extra)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,6 +301,7 @@ def test_held_out_documents_that_stand_in_training_ones_are_named():
         "a copy",
         " \n",
         "\n".join([lines[25]] * 9 + lines[26:30]),  # one line many times
+        "\n".join(lines[2:7] + [line.upper() for line in lines[:6]]),  # five lines of eleven
     ]
     train = ["\n".join(f"  {line}\t" for line in lines[2:7]), "\n".join([*lines[12:16], *lines[20:24], lines[25]])]
     train += ["a copy", " \n", "short\nlines"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from axrepro.data.base import Split
-from axrepro.data.records import Example, Records, Source
+from axrepro.data.records import BadRecord, Example, Records, Source
 from axrepro.errors import UserError
 
 _LONG_LINE = 40  # bytes; shorter lines stand in files that have nothing else in common
@@ -42,9 +42,9 @@ def _long_lines(text: bytes) -> set[bytes]:
 
 
 def raw_text(record: Example, field: str, name: str) -> bytes:
-    """The text of a record in bytes. Raises UserError, which names the record, if it has none."""
+    """The text of a record in bytes. Raises BadRecord, which names it, if it has none."""
     if not isinstance(record.get(field), (bytes, str)):
-        raise UserError(f"{name} holds {', '.join(record)}, and no text as {field!r}")
+        raise BadRecord(f"{name} holds {', '.join(record)}, and no text as {field!r}")
     text = record[field]
     return text.encode(errors="replace") if isinstance(text, str) else text
 
