@@ -63,20 +63,24 @@ def _grid(rows: int, columns: int, width: float, height: float, **how):
 def _wrapped(number: int, columns: int, width: float, height: float):
     """A figure with so many panels, row by row."""
     columns = min(columns, number)
-    figure, grid = _grid(-(-number // columns), columns, width, height)
+    figure, grid = _grid(-(-number // columns), columns, width if columns > 1 else 1.5 * width, height)
     for axes in grid.flat[number:]:
         axes.axis("off")
     return figure, list(grid.flat[:number])
 
 
-def _legend(figure, columns: int, axes: Iterable) -> None:
-    """One legend below all panels."""
+def _legend(figure, axes: Iterable) -> None:
+    """One legend below all panels, for which the figure grows."""
     handles: dict[str, Any] = {}
     for one in axes:
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    if handles:
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
+    room = figure.get_figwidth() / (
+        0.7 + 0.078 * max(map(len, handles), default=0)
+    )  # in inches, at this size of letters
+    columns = max(1, min(4, int(room), len(handles)))
+    figure.set_figheight(figure.get_figheight() + 0.15 + 0.22 * -(-len(handles) // columns))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _bars(estimates: Sequence[Estimate], scale: float = 1.0) -> np.ndarray:
@@ -106,8 +110,11 @@ def _speed_accuracy(results: Results):
     if not scores:
         return None
     colours = _colours(results)
-    unit = clock(min(row.facts.seconds.value for row in rows))
-    figure, grid = _grid(len(rules), len(scores), 4.2, 3.3, sharex=True, sharey="col")
+    times = [row.facts.seconds.value for row in rows]
+    unit = clock(min(times))
+    spread = max(max(times) / min(times), 1.5)
+    left = min(times) / spread ** (0.05 + 0.03 * max(len(row.rung) for row in rows))  # room for the names of rungs
+    figure, grid = _grid(len(rules), len(scores), 4.2, 3.2, sharex=True, sharey="col")
     for (down, rule), (across, score) in product(enumerate(rules), enumerate(scores)):
         axes, form, less = grid[down, across], SCORE_FORMS[score], score == "bits_per_byte"
         lines: dict[str, list[Row]] = defaultdict(list)
@@ -125,7 +132,8 @@ def _speed_accuracy(results: Results):
                     axes.annotate(row.rung, place, textcoords="offset points", **side)
             axes.errorbar(x, y, _bars([row.scores[score] for row in members], form.scale), label=label, **style)
         axes.set_xscale("log")
-        axes.margins(x=0.14, y=0.12)
+        axes.set_xlim(left * unit.scale, max(times) * spread**0.1 * unit.scale)
+        axes.margins(y=0.12)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -133,7 +141,7 @@ def _speed_accuracy(results: Results):
         axes.set_ylabel(_with_unit(SCORE_WORDS[score], form))
         if down == len(rules) - 1:
             axes.set_xlabel(f"measured step time ({unit.unit})")
-    _legend(figure, 4, grid.flat)
+    _legend(figure, grid.flat)
     return figure
 
 
@@ -173,7 +181,7 @@ def _loss_wall_clock(results: Results):
         low, high = min(low for low, _ in shown), max(high for _, high in shown)
         axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
         axes.set(xlabel=f"{unit.unit} at the measured step time", ylabel="held-out loss (nats)", title=rung)
-    _legend(figure, 3, panels)
+    _legend(figure, panels)
     return figure
 
 
@@ -248,14 +256,13 @@ def _breakdown(panels: Sequence[Sequence[tuple[str, Sequence[tuple[str, Mapping[
     figure, grid = _grid(
         len(panels), len(panels[0]), 8.2 if len(panels[0]) == 1 else 5.6, each, gridspec_kw={"height_ratios": highest}
     )
-    figure.set_figheight(figure.get_figheight() + 0.9)  # the legend
     for axes, (title, bars) in zip(grid.flat, (panel for row in panels for panel in row), strict=True):
         if bars:
             axes.set_title(title)
             _stack(axes, bars, colours)
         else:
             axes.axis("off")
-    _legend(figure, 4, grid.flat)
+    _legend(figure, grid.flat)
     return figure
 
 
@@ -308,7 +315,7 @@ def _increase_over_dense(results: Results):
         axes.margins(x=0.08)
         axes.axhline(0, color=_DENSE, linewidth=1)
         axes.set(xlabel=series, ylabel="step time over dense (%)")
-    _legend(figure, 3, panels)
+    _legend(figure, panels)
     return figure
 
 
@@ -336,7 +343,7 @@ def _expert_load(results: Results):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="expert, most chosen first", ylabel="choices / equal share")
         axes.set_title(f"{row.rung}: {row.facts.arm.label}")
-    _legend(figure, 4, panels)
+    _legend(figure, panels)
     return figure
 
 
@@ -357,8 +364,8 @@ def _ablations(results: Results):
         axes.margins(x=0.1, y=0.15)
         axes.ticklabel_format(axis="y", useOffset=False)
         title = f"expected: {finding.expectation.direction}; {finding.verdict}"
-        axes.set_title(f"{MEASURE_WORDS[measure]}\n{title}", color=colour)
-        axes.set(xlabel=finding.series.name, ylabel=_with_unit(MEASURE_WORDS[measure], form))
+        axes.set_title(f"{_with_unit(MEASURE_WORDS[measure], form)}\n{title}", color=colour)
+        axes.set_xlabel(finding.series.name)
     return figure
 
 

@@ -94,8 +94,9 @@ _CAPTIONS = {
     ),
     "loss_wall_clock.png": (
         "Ladder",
-        "How to read: at any place of the axis, the lowest line is the best model for that much time. Lines are means "
-        "over seeds, bands reach from the least to the largest. The start of training, where losses are high, is cut.",
+        "How to read: compare lines where they end. Before that their learning rates have still to fall, so that a "
+        "shorter training would have been better at that time. Lines are means over seeds, bands reach from the least "
+        "to the largest. The start of training, where losses are high, is cut.",
     ),
     "step_time_breakdown.png": (
         "Step times",
@@ -372,7 +373,7 @@ def _ablations(results: Results) -> list[str]:
     told = []
     for verdict in ("held", "did not hold", "open"):
         names = [
-            f"{MEASURE_WORDS[f.expectation.measure]} {f.expectation.direction} with {f.series.name}"
+            f"{MEASURE_WORDS[f.expectation.measure]} {f.expectation.direction} along {f.series.name}"
             for f in results.findings
             if f.verdict == verdict
         ]
@@ -386,8 +387,9 @@ def _ablations(results: Results) -> list[str]:
     )
     return [
         _bullets(told),
-        "Change from the first arm of a series to its last; of step time, and where it should stay, in percent of the "
-        "first. An expectation held if the whole interval lies on the expected side, and is open if it has both.",
+        "Changes are from the first arm of a series to its last; of step times, and of what should stay (within 10 %), "
+        "in percent of the first. An expectation held if the whole interval lies where it should, did not hold if all "
+        "of it lies elsewhere, and is open otherwise.",
         _table(("series", "from", "to", "measure", "expected", "change", "verdict"), changes),
         "The values.",
         _table(("series", "measure", "arm", "value"), values),

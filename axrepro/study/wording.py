@@ -12,9 +12,9 @@ RULE_WORDS: Mapping[Rule, str] = {"wall_clock": "equal wall clock", "tokens": "e
 SCORE_WORDS = {"bits_per_byte": "bits per byte", "accuracy": "next-token accuracy", "choice": "choice among four"}
 MEASURE_WORDS: Mapping[Measure, str] = {
     "step_time": "step time",
-    "bits_per_byte": "bits per byte",
-    "dropped": "dropped choices",
-    "busiest": "busiest expert / mean",
+    "bits_per_byte": "loss in bits per byte",
+    "dropped": "share of dropped choices",
+    "busiest": "load of the busiest expert / mean",
     "router_logits": "RMS of router logits",
 }
 
