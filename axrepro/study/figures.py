@@ -9,10 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from axrepro.study.bootstrap import Estimate
+from axrepro.study.bootstrap import Estimate, median_ratio
 from axrepro.study.results import SCORES, Facts, Predicted, Results, Row
 from axrepro.study.study import Arm
-from axrepro.study.wording import MEASURE_WORDS, RULE_WORDS, SCORE_FORMS, SCORE_WORDS, Form, clock, measured
+from axrepro.study.wording import (
+    MEASURE_WORDS,
+    RULE_WORDS,
+    SCORE_FORMS,
+    SCORE_WORDS,
+    Form,
+    clock,
+    measured,
+    placed,
+    without,
+)
 
 _DENSE = "#000000"
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#332288", "#8C6D31"]
@@ -75,24 +85,27 @@ def _legend(figure, axes: Iterable) -> None:
     for one in axes:
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    room = figure.get_figwidth() / (
-        0.7 + 0.078 * max(map(len, handles), default=0)
-    )  # in inches, at this size of letters
-    columns = max(1, min(4, int(room), len(handles)))
+    longest = max(map(len, handles), default=0)
+    columns = max(1, min(4, int(figure.get_figwidth() / (0.7 + 0.078 * longest))))  # inches, at this size of letters
     figure.set_figheight(figure.get_figheight() + 0.15 + 0.22 * -(-len(handles) // columns))
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _bars(estimates: Sequence[Estimate], scale: float = 1.0) -> np.ndarray:
-    """[2, N] lengths of the bars of intervals."""
-    sides = [(e.value - e.low, e.high - e.value) for e in estimates]
-    return np.maximum(np.array(sides).T, 0) * scale
+    """[2, N] lengths of the bars of intervals; 0 where they are unknown."""
+    sides = np.array([(e.value - e.low, e.high - e.value) for e in estimates]).T
+    return np.where(np.isfinite(sides), np.maximum(sides, 0), 0) * scale
+
+
+def _label(row: Row) -> str:
+    """Of lines and marks: the same at all rungs, where labels differ in the rung alone."""
+    return "dense" if row.dense else without(row.rung, row.facts.arm.label)
 
 
 def _colours(results: Results) -> dict[str, str]:
-    """Of the sparse arms, by label."""
-    labels = dict.fromkeys(row.facts.arm.label for row in results.rows if not row.dense)
-    return {label: _COLOURS[place % len(_COLOURS)] for place, label in enumerate(labels)}
+    """By label."""
+    labels = dict.fromkeys(_label(row) for row in results.rows if not row.dense)
+    return {"dense": _DENSE} | {label: _COLOURS[place % len(_COLOURS)] for place, label in enumerate(labels)}
 
 
 def _runs(rows: Iterable[Row]) -> list[Row]:
@@ -120,11 +133,11 @@ def _speed_accuracy(results: Results):
         lines: dict[str, list[Row]] = defaultdict(list)
         for row in rows:
             if row.rule == rule and score in row.scores:
-                lines["dense" if row.dense else row.facts.arm.label].append(row)
+                lines[_label(row)].append(row)
         for label, members in lines.items():
             x = [row.facts.seconds.value * unit.scale for row in members]
             y = [row.scores[score].value * form.scale for row in members]
-            style = {"fmt": "o", "color": colours.get(label, _DENSE), "markersize": 6, "capsize": 3, "zorder": 3}
+            style = {"fmt": "o", "color": colours[label], "markersize": 6, "capsize": 3, "zorder": 3}
             if members[0].dense:
                 style |= {"fmt": "D-", "markersize": 5, "zorder": 2}
                 for place, row in zip(zip(x, y, strict=True), members, strict=True):
@@ -172,8 +185,8 @@ def _loss_wall_clock(results: Results):
         shown = []
         for row, hours, losses in lines:
             x, mean = hours * 3600 * unit.scale, losses.mean(0)
-            colour = _DENSE if row.dense else colours[row.facts.arm.label]
-            label = "dense" if row.dense else f"{row.facts.arm.label}, {RULE_WORDS[row.rule]}"
+            colour = colours[_label(row)]
+            label = _label(row) if row.dense else f"{_label(row)}, {RULE_WORDS[row.rule]}"
             style, width = ("-", 2.2) if row.dense else (_LINES[row.rule], 1.6)
             axes.plot(x, mean, style, color=colour, linewidth=width, label=label)
             axes.fill_between(x, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)
@@ -267,10 +280,16 @@ def _breakdown(panels: Sequence[Sequence[tuple[str, Sequence[tuple[str, Mapping[
 
 
 def ladder(predicted: Iterable[Predicted]) -> list[Predicted]:
-    """The forecasts that are not of a series: no arm of theirs has a number that is varied."""
+    """The forecasts of rungs. These come first and have dense models of their own; series vary a number, or compare
+    with the dense model of a rung.
+    """
     predicted = list(predicted)
-    series = {one.where for one in predicted if one.arm.x is not None}
-    return [one for one in predicted if one.where not in series]
+    owner: dict[tuple, str] = {}
+    for one in predicted:
+        if one.dense:
+            owner.setdefault(same(one.arm), one.where)
+    rungs = set(owner.values()) - {one.where for one in predicted if one.arm.x is not None}
+    return [one for one in predicted if one.where in rungs]
 
 
 def same(arm: Arm) -> tuple:
@@ -287,8 +306,9 @@ def _increase_over_dense(results: Results):
         for arm in series.arms:
             found = facts.get(same(arm))
             if dense and found and arm.x is not None:
-                over = [value / dense.seconds.value - 1 for value in _values(found.seconds)]
-                lines[series.name]["measured here"].append((arm.x, Estimate(*over)))
+                ratio = median_ratio(found.rounds, dense.rounds)
+                increase = Estimate(ratio.value - 1, ratio.low - 1, ratio.high - 1)
+                lines[series.name]["measured here"].append((arm.x, increase))
     for one in results.predicted:
         if one.arm.x is not None and one.increase is not None and not one.error:
             increase = Estimate(one.increase, one.increase, one.increase)
@@ -319,10 +339,6 @@ def _increase_over_dense(results: Results):
     return figure
 
 
-def _values(estimate: Estimate) -> tuple[float, float, float]:
-    return estimate.value, estimate.low, estimate.high
-
-
 def _expert_load(results: Results):
     """Sorted shares of choices over an equal share."""
     rows = list({(row.rung, row.facts.arm.label): row for row in reversed(results.rows) if row.loads}.values())[::-1]
@@ -342,7 +358,7 @@ def _expert_load(results: Results):
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="expert, most chosen first", ylabel="choices / equal share")
-        axes.set_title(f"{row.rung}: {row.facts.arm.label}")
+        axes.set_title(placed(row.rung, row.facts.arm.label))
     _legend(figure, panels)
     return figure
 

@@ -21,10 +21,12 @@ from axrepro.study.wording import (
     RULE_WORDS,
     SCORE_FORMS,
     SCORE_WORDS,
+    Form,
     count,
     duration,
     measured,
     named,
+    placed,
 )
 from axrepro.train.describe import readable
 
@@ -115,7 +117,7 @@ _CAPTIONS = {
     ),
     "increase_over_dense.png": (
         "Step time along series",
-        "How to read: filled marks were measured here (bars: the interval of the arm's step time alone), hollow ones "
+        "How to read: filled marks were measured here (bars: intervals over rounds of measurement), hollow ones "
         "are forecasts for other hardware and other sizes, which do not tell what the measured ones would be there.",
     ),
     "forecast_breakdown.png": (
@@ -160,12 +162,12 @@ def _told(judged: Mapping[str, Sequence[Row]], score: str, against: str = "gain"
             f"{_name(row)} {GAIN_FORMS[score].interval(getattr(row, against)[score], signed=True)}" for row in rows
         )
         if rows:
-            lists.append(f"{verdict} are {', '.join(gains)}")
+            lists.append(f"{verdict} {'are' if len(rows) > 1 else 'is'} {', '.join(gains)}")
     return "; ".join(lists)
 
 
 def _name(row: Row) -> str:
-    return f"{row.facts.arm.label} at {row.rung}"
+    return placed(row.rung, row.facts.arm.label)
 
 
 def _answer(results: Results) -> list[str]:
@@ -241,15 +243,15 @@ def _change(seconds: float) -> str:
 def _intervals(results: Results) -> str:
     seeds = {len(row.seeds) for row in results.rows if row.seeds}
     text = (
-        "How intervals were made: they hold 95 %. Those of scores and gains are bootstraps over seeds and documents "
-        "(over questions for the choice among four), with sparse and dense runs paired; those of step times are of the "
-        "median over rounds of measurement."
+        "How intervals were made: they are of 95 %. Those of scores and gains are bootstraps over seeds and documents "
+        "(over questions for the choice among four), with sparse and dense runs paired; those of step times are of "
+        "medians over rounds of measurement; those of routers in the ablations are Student's over seeds."
     )
     if seeds and max(seeds) == 1:
         text += " With one seed they say nothing about how results vary between seeds."
     elif seeds:
         number = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else f"{max(seeds)}"
-        text += f" With {number} seeds the part that is due to seeds is rough."
+        text += f" With {number} seeds the part that is due to seeds is rough, and rather too narrow than too wide."
     return text
 
 
@@ -402,7 +404,7 @@ def _expected(finding: Finding) -> tuple[str, ...]:
     return finding.series.name, named(first), named(last), MEASURE_WORDS[expectation.measure], expectation.direction
 
 
-def _form(finding: Finding):
+def _form(finding: Finding) -> Form:
     return measured(finding.expectation.measure, finding.values[0].value)
 
 
@@ -420,13 +422,13 @@ def _forecasts(results: Results) -> list[str]:
         here = [one for one in results.predicted if one.slice == name]
         rungs = [one for one in here if one in ladder]
         if rungs:
-            blocks += ["#### ladder", _forecast_table(rungs, results)]
+            blocks += ["#### ladder", _forecast_table(rungs)]
         for series in dict.fromkeys(one.where for one in here if one not in ladder):
-            blocks += [f"#### {series}", _forecast_table([one for one in here if one.where == series], results)]
+            blocks += [f"#### {series}", _forecast_table([one for one in here if one.where == series])]
     return blocks
 
 
-def _forecast_table(found: Sequence[Predicted], results: Results) -> str:
+def _forecast_table(found: Sequence[Predicted]) -> str:
     rules = [rule for rule in RULE_WORDS if any(rule in one.training_tokens for one in found)]
     rows = []
     for one in found:
@@ -476,7 +478,7 @@ def _not_run(results: Results) -> list[str]:
     ]
     for condition, line in (
         (not results.conditions, "no conditions are recorded"),
-        (not rows, "the ladder: no run has finished"),
+        (not any(row.seeds for row in rows), "the ladder: no run has finished"),
         (rows and not sparse, "mixtures of experts on the ladder: there is nothing to compare the dense models with"),
         (len(rungs) == 1, "more than one rung: nothing can be read off at the same step time"),
         (
@@ -564,6 +566,8 @@ def _ladder_line(row: Row) -> dict[str, Any]:
     line = {**_cell(row), "dense": row.dense, "total": facts.total, "active": facts.active, "outside": facts.outside}
     line |= {"steps": row.steps, "tokens": row.tokens, "flops": row.flops, "hours": row.hours, "dropped": row.dropped}
     line |= {**_spread("seconds", facts.seconds), **_spread("increase", row.increase)}
+    for score in SCORES:
+        line[f"{score}_by_seed"] = " ".join(map(str, row.by_seed.get(score, ())))
     for kind in ("scores", "gain", "same_step_time"):
         for score in SCORES:
             line |= _spread(score if kind == "scores" else f"{kind}_{score}", getattr(row, kind).get(score))

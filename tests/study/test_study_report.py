@@ -18,7 +18,7 @@ from axrepro.study import figures, report
 from axrepro.study.bootstrap import Estimate
 from axrepro.study.results import SCORES, Facts, Finding, Predicted, Results, Row
 from axrepro.study.study import RULES, Arm, Expectation, Series
-from axrepro.study.wording import GAIN_FORMS, PERCENT, SCORE_FORMS, Form, clock, count, duration
+from axrepro.study.wording import GAIN_FORMS, PERCENT, SCORE_FORMS, Form, clock, count, duration, placed, without
 
 LESS, MORE, EITHER = -0.03, 0.03, 0.001  # bits per byte less the dense model's; intervals reach 0.01 to either side
 SLICES = ("v5p-256", "v6e-256")
@@ -82,6 +82,7 @@ def row(scale: int, rung: str, place: int, label: str, rule: str, difference: fl
         scores=scores,
         gain=gain if place else {},
         same_step_time={s: around(g.value + 0.01, 0.021) for s, g in gain.items()} if place and scale < 2 else {},
+        by_seed={name: tuple(score.value + 0.01 * seed for seed in seeds) for name, score in scores.items()},
         seeds=seeds,
         missing=(),
         commands=tuple(command.format(steps, seed) for seed in seeds),
@@ -169,13 +170,16 @@ def forecast(where: str, name: str, arm: Arm, seconds: float, increase: float | 
 def forecasts() -> list[Predicted]:
     found = []
     for place, name in enumerate(SLICES):
-        for scale, rung in enumerate(("6.4B", "12.6B", "29.6B")):
+        dense = {rung: Arm(label=f"dense {rung}", experiment=f"dense_{rung}") for rung in ("6.4B", "12.6B", "29.6B")}
+        for scale, rung in enumerate(dense):
             seconds = 3.1 * 1.9**scale * (1 + 0.4 * place)
-            found.append(forecast(rung, name, Arm(label="dense", experiment="d"), seconds, None))
+            found.append(forecast(rung, name, dense[rung], seconds, None))
             error = "does not compile: sizes do not divide" if scale == 2 and place else ""
             arm = Arm(label="64 experts in every 4th layer", experiment="m")
             found.append(forecast(rung, name, arm, seconds * 1.17, 0.17, error))
-        for one in (ABLATIONS[0], ABLATIONS[1], ABLATIONS[2]):
+        found.append(forecast("dispatch", name, dense["6.4B"], 3.1, None))
+        found.append(forecast("dispatch", name, Arm(label="dropless", experiment="m"), 3.3, 0.06))
+        for one in ABLATIONS[:3]:
             for k, arm in enumerate(one.arms):
                 found.append(forecast(one.name, name, arm, 3.5 + 0.1 * k, 0.12 + 0.03 * k + 0.05 * place))
     return found
@@ -212,7 +216,7 @@ def written(tmp_path_factory) -> tuple[Results, Path]:
 def bare(tmp_path_factory) -> tuple[Results, Path]:
     """A report of one dense model of one seed, whose intervals are unknown, over an older file."""
     (one,) = ladder({"tokens": 0.0}, rungs=("xs",), labels=(), seeds=(0,))
-    unknown = {score: Estimate(one.scores[score].value, math.nan, math.nan) for score in SCORES}
+    unknown = {score: Estimate(one.scores[score].value, -math.inf, math.inf) for score in SCORES}
     found = Results(study="bare", conditions={}, rows=(replace(one, scores=unknown, missing=(1, 2)),))
     folder = tmp_path_factory.mktemp("bare")
     (folder / "forecasts.csv").write_text("of an older report")
@@ -318,6 +322,7 @@ def test_the_csv_files_give_every_number_back_exactly(written):
         assert spread(line, "increase") == one.increase
         for score in SCORES:
             assert spread(line, score) == one.scores[score]
+            assert tuple(map(float, line[f"{score}_by_seed"].split())) == one.by_seed[score]
             assert spread(line, f"gain_{score}") == one.gain.get(score)
             assert spread(line, f"same_step_time_{score}") == one.same_step_time.get(score)
         assert line["seeds"] == "0 1 2"
@@ -520,7 +525,7 @@ def test_a_bare_report_draws_what_it_has_and_takes_away_what_is_no_longer_so(bar
     tables = {"ladder.csv", "curves.csv", "step_times.csv"}
     assert {path.name for path in folder.iterdir()} == {"study.md", "notes.txt", *drawn, *tables}
     text = (folder / "study.md").read_text()
-    assert "| 2.4000 | 42.00 % | 50.00 % |" in text
+    assert "| 2.4000 (interval unknown) | 42.00 % (interval unknown) | 50.00 % (interval unknown) |" in text
     assert "- dense at xs, equal tokens: seeds 1, 2 are missing\n" in text
 
 
@@ -546,6 +551,17 @@ def test_a_report_that_fails_leaves_the_old_one_whole(bare, tmp_path, monkeypatc
     with pytest.raises((OSError, ValueError), match=r"no space left|cannot be drawn"):
         report.write(replace(found, study="another", rows=()), old)
     assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+
+
+def test_labels_tell_the_rung_once():
+    rungs = {"50k": "MoE 50k, 8 experts", "s": "8 experts", "6.4B": "dense 6.4B"}
+    assert [without(*pair) for pair in rungs.items()] == ["MoE, 8 experts", "8 experts", "dense"]
+    assert [placed(*pair) for pair in rungs.items()] == ["MoE 50k, 8 experts", "8 experts at s", "dense 6.4B"]
+
+
+def test_rungs_are_told_from_series_without_numbers():
+    found = [one.where for one in figures.ladder(results().predicted) if one.slice == SLICES[0]]
+    assert found == ["6.4B", "6.4B", "12.6B", "12.6B", "29.6B", "29.6B"]
 
 
 def test_times_and_counts_are_written_in_a_unit_that_suits_them():
