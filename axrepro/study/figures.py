@@ -249,11 +249,16 @@ def _step_time_breakdown(results: Results):
 
 
 def _forecast_breakdown(results: Results):
-    """What forecast steps of the ladder spend their time on: a row per rung, a column per slice."""
+    """What forecast steps of the ladder spend their time on: a row per rung, a column per slice. Collectives of a kind
+    are taken together, over whichever axes they are.
+    """
     found: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     slices = dict.fromkeys(one.slice for one in results.predicted)
     for one in ladder(results.predicted):
-        found[one.where][one.slice].append((one.arm.label, one.parts, one.seconds))
+        parts: dict[str, float] = defaultdict(float)
+        for part, seconds in one.parts.items():
+            parts[part.split(" over ")[0]] += seconds
+        found[one.where][one.slice].append((one.arm.label, parts, one.seconds))
     return _breakdown(
         [[(f"{where}, forecast for {name}", bars[name]) for name in slices] for where, bars in found.items()]
     )

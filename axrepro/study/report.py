@@ -103,7 +103,8 @@ _CAPTIONS = {
     "step_time_breakdown.png": (
         "Step times",
         "How to read: a bar is one profiled step, taken apart; the black mark is the median of the step times without "
-        "a profiler, so that a gap between the two is time that the profile does not explain, or that it costs.",
+        "a profiler, so that a gap between the two is time that the profile does not explain, or that it costs. The "
+        'smallest parts may be drawn together as "other".',
     ),
     "expert_load.png": (
         "Ladder",
@@ -122,7 +123,8 @@ _CAPTIONS = {
     ),
     "forecast_breakdown.png": (
         "Forecasts",
-        "How to read: as the measured bars, but every length is a forecast.",
+        "How to read: as the measured bars, but every length is a forecast: what the core works at, waits for, or is "
+        "slowed by; collectives of one kind are drawn together.",
     ),
 }
 """Of figures: the section that shows it, and how it is read."""
@@ -422,17 +424,22 @@ def _forecasts(results: Results) -> list[str]:
         here = [one for one in results.predicted if one.slice == name]
         rungs = [one for one in here if one in ladder]
         if rungs:
-            blocks += ["#### ladder", _forecast_table(rungs)]
+            blocks += ["#### ladder", _forecast_table(rungs, "rung")]
         for series in dict.fromkeys(one.where for one in here if one not in ladder):
             blocks += [f"#### {series}", _forecast_table([one for one in here if one.where == series])]
     return blocks
 
 
-def _forecast_table(found: Sequence[Predicted]) -> str:
+def _forecast_table(found: Sequence[Predicted], of: str = "") -> str:
+    """A line per forecast.
+
+    Args:
+      of: what the first column is, if lines are of several of them.
+    """
     rules = [rule for rule in RULE_WORDS if any(rule in one.training_tokens for one in found)]
     rows = []
     for one in found:
-        start = [one.where, named(one.arm)]
+        start = [*([one.where] if of else []), named(one.arm)]
         if one.error:
             rows.append([*start, f"no forecast: {one.error}"])
             continue
@@ -449,8 +456,8 @@ def _forecast_table(found: Sequence[Predicted]) -> str:
                 *(count(one.training_tokens[rule]) if rule in one.training_tokens else MISSING for rule in rules),
             ]
         )
-    header = ["where", "arm", "parameters / active", "mesh", "step time", "over dense", "MFU", "memory of a device"]
-    return _table([*header, *(f"tokens at {RULE_WORDS[rule]}" for rule in rules)], rows)
+    header = ["arm", "parameters / active", "mesh", "step time", "over dense", "MFU", "memory of a device"]
+    return _table([*([of] if of else []), *header, *(f"tokens at {RULE_WORDS[rule]}" for rule in rules)], rows)
 
 
 def _commands(results: Results) -> list[str]:

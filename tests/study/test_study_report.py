@@ -388,6 +388,8 @@ def test_step_times_ablations_and_forecasts_in_the_text_say_what_was_found(writt
             if one.error:
                 assert line["parameters / active"] == "no forecast: does not compile: sizes do not divide"
                 continue
+            assert line["arm"] == one.arm.label
+            assert line.get("rung", one.where) == one.where
             assert line["step time"] == duration(one.seconds)
             assert line["over dense"] == ("–" if one.dense else f"{100 * one.increase:+.1f} %")
             assert line["memory of a device"] == "61.00 GiB of 95.00 GiB"
