@@ -9,10 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from axrepro.study.bootstrap import Estimate
+from axrepro.study.bootstrap import Estimate, median_ratio
 from axrepro.study.results import SCORES, Facts, Predicted, Results, Row
 from axrepro.study.study import Arm
-from axrepro.study.wording import MEASURE_WORDS, RULE_WORDS, SCORE_FORMS, SCORE_WORDS, Form, clock, measured
+from axrepro.study.wording import (
+    MEASURE_WORDS,
+    RULE_WORDS,
+    SCORE_FORMS,
+    SCORE_WORDS,
+    Form,
+    clock,
+    measured,
+    placed,
+    without,
+)
 
 _DENSE = "#000000"
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#332288", "#8C6D31"]
@@ -63,32 +73,39 @@ def _grid(rows: int, columns: int, width: float, height: float, **how):
 def _wrapped(number: int, columns: int, width: float, height: float):
     """A figure with so many panels, row by row."""
     columns = min(columns, number)
-    figure, grid = _grid(-(-number // columns), columns, width, height)
+    figure, grid = _grid(-(-number // columns), columns, width if columns > 1 else 1.5 * width, height)
     for axes in grid.flat[number:]:
         axes.axis("off")
     return figure, list(grid.flat[:number])
 
 
-def _legend(figure, columns: int, axes: Iterable) -> None:
-    """One legend below all panels."""
+def _legend(figure, axes: Iterable) -> None:
+    """One legend below all panels, for which the figure grows."""
     handles: dict[str, Any] = {}
     for one in axes:
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    if handles:
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
+    longest = max(map(len, handles), default=0)
+    columns = max(1, min(4, int(figure.get_figwidth() / (0.7 + 0.078 * longest))))  # inches, at this size of letters
+    figure.set_figheight(figure.get_figheight() + 0.15 + 0.22 * -(-len(handles) // columns))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _bars(estimates: Sequence[Estimate], scale: float = 1.0) -> np.ndarray:
-    """[2, N] lengths of the bars of intervals."""
-    sides = [(e.value - e.low, e.high - e.value) for e in estimates]
-    return np.maximum(np.array(sides).T, 0) * scale
+    """[2, N] lengths of the bars of intervals; 0 where they are unknown."""
+    sides = np.array([(e.value - e.low, e.high - e.value) for e in estimates]).T
+    return np.where(np.isfinite(sides), np.maximum(sides, 0), 0) * scale
+
+
+def _label(row: Row) -> str:
+    """Of lines and marks: the same at all rungs, where labels differ in the rung alone."""
+    return "dense" if row.dense else without(row.rung, row.facts.arm.label)
 
 
 def _colours(results: Results) -> dict[str, str]:
-    """Of the sparse arms, by label."""
-    labels = dict.fromkeys(row.facts.arm.label for row in results.rows if not row.dense)
-    return {label: _COLOURS[place % len(_COLOURS)] for place, label in enumerate(labels)}
+    """By label."""
+    labels = dict.fromkeys(_label(row) for row in results.rows if not row.dense)
+    return {"dense": _DENSE} | {label: _COLOURS[place % len(_COLOURS)] for place, label in enumerate(labels)}
 
 
 def _runs(rows: Iterable[Row]) -> list[Row]:
@@ -106,18 +123,21 @@ def _speed_accuracy(results: Results):
     if not scores:
         return None
     colours = _colours(results)
-    unit = clock(min(row.facts.seconds.value for row in rows))
-    figure, grid = _grid(len(rules), len(scores), 4.2, 3.3, sharex=True, sharey="col")
+    times = [row.facts.seconds.value for row in rows]
+    unit = clock(min(times))
+    spread = max(max(times) / min(times), 1.5)
+    left = min(times) / spread ** (0.05 + 0.03 * max(len(row.rung) for row in rows))  # room for the names of rungs
+    figure, grid = _grid(len(rules), len(scores), 4.2, 3.2, sharex=True, sharey="col")
     for (down, rule), (across, score) in product(enumerate(rules), enumerate(scores)):
         axes, form, less = grid[down, across], SCORE_FORMS[score], score == "bits_per_byte"
         lines: dict[str, list[Row]] = defaultdict(list)
         for row in rows:
             if row.rule == rule and score in row.scores:
-                lines["dense" if row.dense else row.facts.arm.label].append(row)
+                lines[_label(row)].append(row)
         for label, members in lines.items():
             x = [row.facts.seconds.value * unit.scale for row in members]
             y = [row.scores[score].value * form.scale for row in members]
-            style = {"fmt": "o", "color": colours.get(label, _DENSE), "markersize": 6, "capsize": 3, "zorder": 3}
+            style = {"fmt": "o", "color": colours[label], "markersize": 6, "capsize": 3, "zorder": 3}
             if members[0].dense:
                 style |= {"fmt": "D-", "markersize": 5, "zorder": 2}
                 for place, row in zip(zip(x, y, strict=True), members, strict=True):
@@ -125,7 +145,8 @@ def _speed_accuracy(results: Results):
                     axes.annotate(row.rung, place, textcoords="offset points", **side)
             axes.errorbar(x, y, _bars([row.scores[score] for row in members], form.scale), label=label, **style)
         axes.set_xscale("log")
-        axes.margins(x=0.14, y=0.12)
+        axes.set_xlim(left * unit.scale, max(times) * spread**0.1 * unit.scale)
+        axes.margins(y=0.12)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -133,7 +154,7 @@ def _speed_accuracy(results: Results):
         axes.set_ylabel(_with_unit(SCORE_WORDS[score], form))
         if down == len(rules) - 1:
             axes.set_xlabel(f"measured step time ({unit.unit})")
-    _legend(figure, 4, grid.flat)
+    _legend(figure, grid.flat)
     return figure
 
 
@@ -164,8 +185,8 @@ def _loss_wall_clock(results: Results):
         shown = []
         for row, hours, losses in lines:
             x, mean = hours * 3600 * unit.scale, losses.mean(0)
-            colour = _DENSE if row.dense else colours[row.facts.arm.label]
-            label = "dense" if row.dense else f"{row.facts.arm.label}, {RULE_WORDS[row.rule]}"
+            colour = colours[_label(row)]
+            label = _label(row) if row.dense else f"{_label(row)}, {RULE_WORDS[row.rule]}"
             style, width = ("-", 2.2) if row.dense else (_LINES[row.rule], 1.6)
             axes.plot(x, mean, style, color=colour, linewidth=width, label=label)
             axes.fill_between(x, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)
@@ -173,7 +194,7 @@ def _loss_wall_clock(results: Results):
         low, high = min(low for low, _ in shown), max(high for _, high in shown)
         axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
         axes.set(xlabel=f"{unit.unit} at the measured step time", ylabel="held-out loss (nats)", title=rung)
-    _legend(figure, 3, panels)
+    _legend(figure, panels)
     return figure
 
 
@@ -228,11 +249,16 @@ def _step_time_breakdown(results: Results):
 
 
 def _forecast_breakdown(results: Results):
-    """What forecast steps of the ladder spend their time on: a row per rung, a column per slice."""
+    """What forecast steps of the ladder spend their time on: a row per rung, a column per slice. Collectives of a kind
+    are taken together, over whichever axes they are.
+    """
     found: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     slices = dict.fromkeys(one.slice for one in results.predicted)
     for one in ladder(results.predicted):
-        found[one.where][one.slice].append((one.arm.label, one.parts, one.seconds))
+        parts: dict[str, float] = defaultdict(float)
+        for part, seconds in one.parts.items():
+            parts[part.split(" over ")[0]] += seconds
+        found[one.where][one.slice].append((one.arm.label, parts, one.seconds))
     return _breakdown(
         [[(f"{where}, forecast for {name}", bars[name]) for name in slices] for where, bars in found.items()]
     )
@@ -248,22 +274,27 @@ def _breakdown(panels: Sequence[Sequence[tuple[str, Sequence[tuple[str, Mapping[
     figure, grid = _grid(
         len(panels), len(panels[0]), 8.2 if len(panels[0]) == 1 else 5.6, each, gridspec_kw={"height_ratios": highest}
     )
-    figure.set_figheight(figure.get_figheight() + 0.9)  # the legend
     for axes, (title, bars) in zip(grid.flat, (panel for row in panels for panel in row), strict=True):
         if bars:
             axes.set_title(title)
             _stack(axes, bars, colours)
         else:
             axes.axis("off")
-    _legend(figure, 4, grid.flat)
+    _legend(figure, grid.flat)
     return figure
 
 
 def ladder(predicted: Iterable[Predicted]) -> list[Predicted]:
-    """The forecasts that are not of a series: no arm of theirs has a number that is varied."""
+    """The forecasts of rungs. These come first and have dense models of their own; series vary a number, or compare
+    with the dense model of a rung.
+    """
     predicted = list(predicted)
-    series = {one.where for one in predicted if one.arm.x is not None}
-    return [one for one in predicted if one.where not in series]
+    owner: dict[tuple, str] = {}
+    for one in predicted:
+        if one.dense:
+            owner.setdefault(same(one.arm), one.where)
+    rungs = set(owner.values()) - {one.where for one in predicted if one.arm.x is not None}
+    return [one for one in predicted if one.where in rungs]
 
 
 def same(arm: Arm) -> tuple:
@@ -280,8 +311,9 @@ def _increase_over_dense(results: Results):
         for arm in series.arms:
             found = facts.get(same(arm))
             if dense and found and arm.x is not None:
-                over = [value / dense.seconds.value - 1 for value in _values(found.seconds)]
-                lines[series.name]["measured here"].append((arm.x, Estimate(*over)))
+                ratio = median_ratio(found.rounds, dense.rounds)
+                increase = Estimate(ratio.value - 1, ratio.low - 1, ratio.high - 1)
+                lines[series.name]["measured here"].append((arm.x, increase))
     for one in results.predicted:
         if one.arm.x is not None and one.increase is not None and not one.error:
             increase = Estimate(one.increase, one.increase, one.increase)
@@ -308,12 +340,8 @@ def _increase_over_dense(results: Results):
         axes.margins(x=0.08)
         axes.axhline(0, color=_DENSE, linewidth=1)
         axes.set(xlabel=series, ylabel="step time over dense (%)")
-    _legend(figure, 3, panels)
+    _legend(figure, panels)
     return figure
-
-
-def _values(estimate: Estimate) -> tuple[float, float, float]:
-    return estimate.value, estimate.low, estimate.high
 
 
 def _expert_load(results: Results):
@@ -335,8 +363,8 @@ def _expert_load(results: Results):
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="expert, most chosen first", ylabel="choices / equal share")
-        axes.set_title(f"{row.rung}: {row.facts.arm.label}")
-    _legend(figure, 4, panels)
+        axes.set_title(placed(row.rung, row.facts.arm.label))
+    _legend(figure, panels)
     return figure
 
 
@@ -357,8 +385,8 @@ def _ablations(results: Results):
         axes.margins(x=0.1, y=0.15)
         axes.ticklabel_format(axis="y", useOffset=False)
         title = f"expected: {finding.expectation.direction}; {finding.verdict}"
-        axes.set_title(f"{MEASURE_WORDS[measure]}\n{title}", color=colour)
-        axes.set(xlabel=finding.series.name, ylabel=_with_unit(MEASURE_WORDS[measure], form))
+        axes.set_title(f"{_with_unit(MEASURE_WORDS[measure], form)}\n{title}", color=colour)
+        axes.set_xlabel(finding.series.name)
     return figure
 
 

@@ -21,10 +21,12 @@ from axrepro.study.wording import (
     RULE_WORDS,
     SCORE_FORMS,
     SCORE_WORDS,
+    Form,
     count,
     duration,
     measured,
     named,
+    placed,
 )
 from axrepro.train.describe import readable
 
@@ -94,13 +96,15 @@ _CAPTIONS = {
     ),
     "loss_wall_clock.png": (
         "Ladder",
-        "How to read: at any place of the axis, the lowest line is the best model for that much time. Lines are means "
-        "over seeds, bands reach from the least to the largest. The start of training, where losses are high, is cut.",
+        "How to read: compare lines where they end. Before that their learning rates have still to fall, so that a "
+        "shorter training would have been better at that time. Lines are means over seeds, bands reach from the least "
+        "to the largest. The start of training, where losses are high, is cut.",
     ),
     "step_time_breakdown.png": (
         "Step times",
         "How to read: a bar is one profiled step, taken apart; the black mark is the median of the step times without "
-        "a profiler, so that a gap between the two is time that the profile does not explain, or that it costs.",
+        "a profiler, so that a gap between the two is time that the profile does not explain, or that it costs. The "
+        'smallest parts may be drawn together as "other".',
     ),
     "expert_load.png": (
         "Ladder",
@@ -114,12 +118,13 @@ _CAPTIONS = {
     ),
     "increase_over_dense.png": (
         "Step time along series",
-        "How to read: filled marks were measured here (bars: the interval of the arm's step time alone), hollow ones "
+        "How to read: filled marks were measured here (bars: intervals over rounds of measurement), hollow ones "
         "are forecasts for other hardware and other sizes, which do not tell what the measured ones would be there.",
     ),
     "forecast_breakdown.png": (
         "Forecasts",
-        "How to read: as the measured bars, but every length is a forecast.",
+        "How to read: as the measured bars, but every length is a forecast: what the core works at, waits for, or is "
+        "slowed by; collectives of one kind are drawn together.",
     ),
 }
 """Of figures: the section that shows it, and how it is read."""
@@ -159,12 +164,12 @@ def _told(judged: Mapping[str, Sequence[Row]], score: str, against: str = "gain"
             f"{_name(row)} {GAIN_FORMS[score].interval(getattr(row, against)[score], signed=True)}" for row in rows
         )
         if rows:
-            lists.append(f"{verdict} are {', '.join(gains)}")
+            lists.append(f"{verdict} {'are' if len(rows) > 1 else 'is'} {', '.join(gains)}")
     return "; ".join(lists)
 
 
 def _name(row: Row) -> str:
-    return f"{row.facts.arm.label} at {row.rung}"
+    return placed(row.rung, row.facts.arm.label)
 
 
 def _answer(results: Results) -> list[str]:
@@ -240,15 +245,15 @@ def _change(seconds: float) -> str:
 def _intervals(results: Results) -> str:
     seeds = {len(row.seeds) for row in results.rows if row.seeds}
     text = (
-        "How intervals were made: they hold 95 %. Those of scores and gains are bootstraps over seeds and documents "
-        "(over questions for the choice among four), with sparse and dense runs paired; those of step times are of the "
-        "median over rounds of measurement."
+        "How intervals were made: they are of 95 %. Those of scores and gains are bootstraps over seeds and documents "
+        "(over questions for the choice among four), with sparse and dense runs paired; those of step times are of "
+        "medians over rounds of measurement; those of routers in the ablations are Student's over seeds."
     )
     if seeds and max(seeds) == 1:
         text += " With one seed they say nothing about how results vary between seeds."
     elif seeds:
         number = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else f"{max(seeds)}"
-        text += f" With {number} seeds the part that is due to seeds is rough."
+        text += f" With {number} seeds the part that is due to seeds is rough, and rather too narrow than too wide."
     return text
 
 
@@ -372,7 +377,7 @@ def _ablations(results: Results) -> list[str]:
     told = []
     for verdict in ("held", "did not hold", "open"):
         names = [
-            f"{MEASURE_WORDS[f.expectation.measure]} {f.expectation.direction} with {f.series.name}"
+            f"{MEASURE_WORDS[f.expectation.measure]} {f.expectation.direction} along {f.series.name}"
             for f in results.findings
             if f.verdict == verdict
         ]
@@ -386,8 +391,9 @@ def _ablations(results: Results) -> list[str]:
     )
     return [
         _bullets(told),
-        "Change from the first arm of a series to its last; of step time, and where it should stay, in percent of the "
-        "first. An expectation held if the whole interval lies on the expected side, and is open if it has both.",
+        "Changes are from the first arm of a series to its last; of step times, and of what should stay (within 10 %), "
+        "in percent of the first. An expectation held if the whole interval lies where it should, did not hold if all "
+        "of it lies elsewhere, and is open otherwise.",
         _table(("series", "from", "to", "measure", "expected", "change", "verdict"), changes),
         "The values.",
         _table(("series", "measure", "arm", "value"), values),
@@ -400,7 +406,7 @@ def _expected(finding: Finding) -> tuple[str, ...]:
     return finding.series.name, named(first), named(last), MEASURE_WORDS[expectation.measure], expectation.direction
 
 
-def _form(finding: Finding):
+def _form(finding: Finding) -> Form:
     return measured(finding.expectation.measure, finding.values[0].value)
 
 
@@ -418,17 +424,22 @@ def _forecasts(results: Results) -> list[str]:
         here = [one for one in results.predicted if one.slice == name]
         rungs = [one for one in here if one in ladder]
         if rungs:
-            blocks += ["#### ladder", _forecast_table(rungs, results)]
+            blocks += ["#### ladder", _forecast_table(rungs, "rung")]
         for series in dict.fromkeys(one.where for one in here if one not in ladder):
-            blocks += [f"#### {series}", _forecast_table([one for one in here if one.where == series], results)]
+            blocks += [f"#### {series}", _forecast_table([one for one in here if one.where == series])]
     return blocks
 
 
-def _forecast_table(found: Sequence[Predicted], results: Results) -> str:
+def _forecast_table(found: Sequence[Predicted], of: str = "") -> str:
+    """A line per forecast.
+
+    Args:
+      of: what the first column is, if lines are of several of them.
+    """
     rules = [rule for rule in RULE_WORDS if any(rule in one.training_tokens for one in found)]
     rows = []
     for one in found:
-        start = [one.where, named(one.arm)]
+        start = [*([one.where] if of else []), named(one.arm)]
         if one.error:
             rows.append([*start, f"no forecast: {one.error}"])
             continue
@@ -445,8 +456,8 @@ def _forecast_table(found: Sequence[Predicted], results: Results) -> str:
                 *(count(one.training_tokens[rule]) if rule in one.training_tokens else MISSING for rule in rules),
             ]
         )
-    header = ["where", "arm", "parameters / active", "mesh", "step time", "over dense", "MFU", "memory of a device"]
-    return _table([*header, *(f"tokens at {RULE_WORDS[rule]}" for rule in rules)], rows)
+    header = ["arm", "parameters / active", "mesh", "step time", "over dense", "MFU", "memory of a device"]
+    return _table([*([of] if of else []), *header, *(f"tokens at {RULE_WORDS[rule]}" for rule in rules)], rows)
 
 
 def _commands(results: Results) -> list[str]:
@@ -474,7 +485,7 @@ def _not_run(results: Results) -> list[str]:
     ]
     for condition, line in (
         (not results.conditions, "no conditions are recorded"),
-        (not rows, "the ladder: no run has finished"),
+        (not any(row.seeds for row in rows), "the ladder: no run has finished"),
         (rows and not sparse, "mixtures of experts on the ladder: there is nothing to compare the dense models with"),
         (len(rungs) == 1, "more than one rung: nothing can be read off at the same step time"),
         (
@@ -562,6 +573,8 @@ def _ladder_line(row: Row) -> dict[str, Any]:
     line = {**_cell(row), "dense": row.dense, "total": facts.total, "active": facts.active, "outside": facts.outside}
     line |= {"steps": row.steps, "tokens": row.tokens, "flops": row.flops, "hours": row.hours, "dropped": row.dropped}
     line |= {**_spread("seconds", facts.seconds), **_spread("increase", row.increase)}
+    for score in SCORES:
+        line[f"{score}_by_seed"] = " ".join(map(str, row.by_seed.get(score, ())))
     for kind in ("scores", "gain", "same_step_time"):
         for score in SCORES:
             line |= _spread(score if kind == "scores" else f"{kind}_{score}", getattr(row, kind).get(score))

@@ -1,6 +1,7 @@
 """Words and numbers as reports and figures write them."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,9 +13,9 @@ RULE_WORDS: Mapping[Rule, str] = {"wall_clock": "equal wall clock", "tokens": "e
 SCORE_WORDS = {"bits_per_byte": "bits per byte", "accuracy": "next-token accuracy", "choice": "choice among four"}
 MEASURE_WORDS: Mapping[Measure, str] = {
     "step_time": "step time",
-    "bits_per_byte": "bits per byte",
-    "dropped": "dropped choices",
-    "busiest": "busiest expert / mean",
+    "bits_per_byte": "loss in bits per byte",
+    "dropped": "share of dropped choices",
+    "busiest": "load of the busiest expert / mean",
     "router_logits": "RMS of router logits",
 }
 
@@ -29,7 +30,7 @@ class Form:
 
     def text(self, value: float | None, *, signed: bool = False) -> str:
         """The number with its unit, or a dash for none."""
-        if value is None or math.isnan(value):
+        if value is None or not math.isfinite(value):
             return MISSING
         return f"{self._number(value, signed)} {self.unit}".rstrip()
 
@@ -38,8 +39,8 @@ class Form:
         if estimate is None:
             return MISSING
         value = self.text(estimate.value, signed=signed)
-        if math.isnan(estimate.low) or math.isnan(estimate.high):
-            return value
+        if not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
+            return f"{value} (interval unknown)"
         return f"{value} ({self._number(estimate.low, signed)} to {self._number(estimate.high, signed)})"
 
     def _number(self, value: float, signed: bool) -> str:
@@ -83,7 +84,18 @@ def named(arm: Arm) -> str:
     return arm.label if arm.x is None or f"{arm.x:g}" in arm.label else f"{arm.label} ({arm.x:g})"
 
 
+def without(rung: str, label: str) -> str:
+    """A label that is the same at all rungs: "MoE, 8 experts" for "MoE 50k, 8 experts"."""
+    left = re.sub(rf"\s*(?<!\w){re.escape(rung)}(?!\w)", "", label).strip(" ,:")
+    return left or label
+
+
+def placed(rung: str, label: str) -> str:
+    """A label that tells the rung."""
+    return label if without(rung, label) != label else f"{label} at {rung}"
+
+
 def _fitting(value: float, units: tuple[tuple[float, str], ...]) -> Form:
-    value = abs(value) or units[0][0]
+    value = abs(value) if math.isfinite(value) and value else units[0][0]
     size, unit = next((pair for pair in reversed(units) if pair[0] <= value), units[0])
     return Form(max(0, 3 - math.floor(math.log10(value / size))), unit, 1 / size)

@@ -1,15 +1,28 @@
 """The report of a study says what the results say, and no more."""
 
+import csv
+import errno
 import math
+import re
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from axrepro.study import report
-from axrepro.study.bootstrap import Estimate
-from axrepro.study.results import Facts, Finding, Predicted, Results, Row
-from axrepro.study.study import RULES, Arm, Expectation, Series
+import numpy as np
+import pytest
 
-LESS, MORE, EITHER = -0.03, 0.03, 0.001  # differences of bits per byte whose interval of ±0.01 excludes 0, or holds it
+from axrepro.study import figures, report
+from axrepro.study.bootstrap import Estimate
+from axrepro.study.results import SCORES, Facts, Finding, Predicted, Results, Row
+from axrepro.study.study import RULES, Arm, Expectation, Series
+from axrepro.study.wording import GAIN_FORMS, PERCENT, SCORE_FORMS, Form, clock, count, duration, placed, without
+
+LESS, MORE, EITHER = -0.03, 0.03, 0.001  # bits per byte less the dense model's; intervals reach 0.01 to either side
 SLICES = ("v5p-256", "v6e-256")
+PARTS = {"attention": 0.24, "feed-forward": 0.3, "head": 0.2, "embedding": 0.04, "norms": 0.06, "optimizer": 0.12}
 
 
 def around(value: float, half: float) -> Estimate:
@@ -32,76 +45,63 @@ def facts(arm: Arm, seconds: float, parts: dict[str, float], total: int = 2_345_
 
 
 def parts(seconds: float, routing: float = 0.0) -> dict[str, float]:
-    shares = {"attention": 0.24, "feed-forward": 0.3, "head and loss": 0.2, "embedding": 0.04, "norms": 0.06}
-    shares |= {"optimizer": 0.12, "other": 0.02}
-    found = {name: share * (seconds - routing) for name, share in shares.items()}
+    """Of a step of which so many seconds go to routing and experts."""
+    found = {name: share * (seconds - routing) for name, share in PARTS.items()}
     return found | ({"experts": 0.6 * routing, "dispatch": 0.3 * routing, "router": 0.1 * routing} if routing else {})
 
 
 def curve(end: float, hours: float, seed: int) -> tuple[tuple[float, float], ...]:
-    points = [k / 24 for k in range(1, 25)]
     wobble = lambda t: 0.01 * math.sin(9 * t + 2 * seed) + 0.008 * seed
-    return tuple((hours * t, end + 1.2 * (t**-0.35 - 1) * 0.6 + wobble(t)) for t in points)
+    return tuple((hours * t, end + 0.7 * (t**-0.35 - 1) + wobble(t)) for t in np.linspace(0.05, 1, 24).tolist())
+
+
+def row(scale: int, rung: str, place: int, label: str, rule: str, difference: float, seeds: tuple[int, ...]) -> Row:
+    """An arm of a rung; the one at place 0 is the dense one."""
+    arm = Arm(label=label, experiment="moe_dense:tiny", changes=(("scale", rung), ("arm", label)))
+    increase, base, steps = (0.0, 0.18, 0.31)[place], 0.021 * 3.1**scale, 900 * 2**scale
+    seconds = base * (1 + increase)
+    steps = round(steps / (1 + increase)) if rule == "wall_clock" else steps
+    hours = steps * seconds / 3600
+    difference *= place and 1 + 0.3 * (place - 1)
+    bits = 2.4 - 0.16 * scale + difference
+    scores = {"bits_per_byte": around(bits, 0.012), "accuracy": around(0.42 + 0.03 * scale + 0.006 * place, 0.004)}
+    scores["choice"] = around(0.5 + 0.06 * scale + 0.01 * place, 0.03)
+    gain = {"bits_per_byte": around(difference, 0.01), "accuracy": around(0.006 * place, 0.002)}
+    gain["choice"] = around(0.01 * place, 0.025)
+    command = "python -m axrepro.launch --experiment=moe_dense:tiny --experiment.steps={} --seed={}"
+    return Row(
+        rung=rung,
+        facts=facts(arm, seconds, parts(seconds, (seconds - base) * 1.4), 1_234_567 * 3**scale),
+        dense=not place,
+        rule=rule,
+        steps=steps,
+        tokens=steps * 4096.0,
+        flops=steps * 1.5e12,
+        hours=hours,
+        increase=around(increase, 0.02) if place else None,
+        scores=scores,
+        gain=gain if place else {},
+        same_step_time={s: around(g.value + 0.01, 0.021) for s, g in gain.items()} if place and scale < 2 else {},
+        by_seed={name: tuple(score.value + 0.01 * seed for seed in seeds) for name, score in scores.items()},
+        seeds=seeds,
+        missing=(),
+        commands=tuple(command.format(steps, seed) for seed in seeds),
+        curves=tuple(curve(bits * 0.69, hours, seed) for seed in seeds),
+        loads=tuple(load(8 * 4 ** (place - 1), 0.3 + 0.3 * k) for k in range(4)) if place else (),
+        dropped=0.03 * place if place else None,
+    )
 
 
 def ladder(
-    differences: dict[str, float],
-    rungs=("xs", "s", "m"),
-    rules=RULES,
-    seeds=(0, 1, 2),
-    labels=("8 experts", "32 experts"),
-) -> list[Row]:
+    differences: dict[str, float], *, rungs=("xs", "s", "m"), labels=("8 experts", "32 experts"), seeds=(0, 1, 2)
+) -> tuple[Row, ...]:
     """Rows with the difference in bits per byte of every sparse arm by rule."""
-    rows = []
-    for scale, rung in enumerate(rungs):
-        arms = [Arm(label="dense", experiment="moe_dense:tiny", changes=(("scale", rung),))]
-        arms += [
-            Arm(label=name, experiment="moe_dense:tiny_moe", changes=(("scale", rung), ("experts", name)))
-            for name in labels
-        ]
-        base = 0.021 * 3.1**scale
-        steps = 900 * 2**scale
-        for rule in rules:
-            for place, arm in enumerate(arms):
-                increase = (0.0, 0.18, 0.31)[place]
-                seconds = base * (1 + increase)
-                moved = round(steps / (1 + increase)) if rule == "wall_clock" else steps
-                bits = 2.4 - 0.16 * scale + (place and differences[rule] * (1 + 0.3 * (place - 1)))
-                end = bits * 0.69
-                hours = moved * seconds / 3600
-                scores = {"bits_per_byte": around(bits, 0.012), "accuracy": around(0.42 + 0.03 * scale, 0.004)}
-                scores["choice"] = around(0.5 + 0.06 * scale + 0.01 * place, 0.03)
-                gain = {}
-                if place:
-                    gain = {"bits_per_byte": around(differences[rule] * (1 + 0.3 * (place - 1)), 0.01)}
-                    gain |= {"accuracy": around(0.006 * place, 0.002), "choice": around(0.01 * place, 0.025)}
-                rows.append(
-                    Row(
-                        rung=rung,
-                        facts=facts(
-                            arm, seconds, parts(seconds, (seconds - base) * 1.4 if place else 0), 10**6 * 3**scale
-                        ),
-                        dense=not place,
-                        rule=rule,
-                        steps=moved,
-                        tokens=moved * 4096.0,
-                        flops=moved * 1.5e12,
-                        hours=hours,
-                        increase=around(increase, 0.02) if place else None,
-                        scores=scores,
-                        gain=gain,
-                        same_step_time={s: around(g.value + 0.01, 0.02) for s, g in gain.items()} if scale < 2 else {},
-                        seeds=seeds,
-                        missing=(),
-                        commands=tuple(
-                            f"python -m axrepro.launch --experiment={arm.experiment} --seed={s}" for s in seeds
-                        ),
-                        curves=tuple(curve(end, hours, seed) for seed in seeds),
-                        loads=tuple(load(8 * 4 ** (place - 1), 0.3 + 0.3 * k) for k in range(4)) if place else (),
-                        dropped=0.03 * place if place else None,
-                    )
-                )
-    return rows
+    return tuple(
+        row(scale, rung, place, label, rule, difference, seeds)
+        for scale, rung in enumerate(rungs)
+        for rule, difference in differences.items()
+        for place, label in enumerate(("dense", *labels))
+    )
 
 
 def load(number: int, slope: float) -> tuple[float, ...]:
@@ -110,10 +110,8 @@ def load(number: int, slope: float) -> tuple[float, ...]:
 
 
 def series(name: str, values: tuple[float, ...], *expected: Expectation) -> Series:
-    arms = tuple(
-        Arm(label=f"{name} {x:g}", experiment="moe_dense:tiny_moe", changes=((name, f"{x}"),), x=x) for x in values
-    )
-    return Series(name=name, arms=arms, dense=Arm(label="dense", experiment="moe_dense:tiny"), expected=expected)
+    arms = tuple(Arm(label=f"{name} {x:g}", experiment="tiny_moe", changes=((name, f"{x}"),), x=x) for x in values)
+    return Series(name=name, arms=arms, dense=Arm(label="dense", experiment="tiny"), expected=expected)
 
 
 ABLATIONS = (
@@ -172,21 +170,24 @@ def forecast(where: str, name: str, arm: Arm, seconds: float, increase: float | 
 def forecasts() -> list[Predicted]:
     found = []
     for place, name in enumerate(SLICES):
-        for scale, rung in enumerate(("6.4B", "12.6B", "29.6B")):
+        dense = {rung: Arm(label=f"dense {rung}", experiment=f"dense_{rung}") for rung in ("6.4B", "12.6B", "29.6B")}
+        for scale, rung in enumerate(dense):
             seconds = 3.1 * 1.9**scale * (1 + 0.4 * place)
-            found.append(forecast(rung, name, Arm(label="dense", experiment="d"), seconds, None))
+            found.append(forecast(rung, name, dense[rung], seconds, None))
             error = "does not compile: sizes do not divide" if scale == 2 and place else ""
             arm = Arm(label="64 experts in every 4th layer", experiment="m")
             found.append(forecast(rung, name, arm, seconds * 1.17, 0.17, error))
-        for one in (ABLATIONS[0], ABLATIONS[1], ABLATIONS[2]):
+        found.append(forecast("dispatch", name, dense["6.4B"], 3.1, None))
+        found.append(forecast("dispatch", name, Arm(label="dropless", experiment="m"), 3.3, 0.06))
+        for one in ABLATIONS[:3]:
             for k, arm in enumerate(one.arms):
                 found.append(forecast(one.name, name, arm, 3.5 + 0.1 * k, 0.12 + 0.03 * k + 0.05 * place))
     return found
 
 
 def results(wall_clock: float = LESS, tokens: float = LESS, flops: float = EITHER, **how) -> Results:
-    rows = ladder({"wall_clock": wall_clock, "tokens": tokens, "flops": flops}, **how)
-    shown = [row.facts for row in rows if row.rule == rows[0].rule]
+    rows = ladder(dict(zip(RULES, (wall_clock, tokens, flops), strict=True)), **how)
+    shown = [one.facts for one in rows if one.rule == RULES[0]]
     shown.append(facts(ABLATIONS[0].dense, 0.026, parts(0.026)))
     for one in ABLATIONS[:3]:
         for k, arm in enumerate(one.arms):
@@ -194,7 +195,7 @@ def results(wall_clock: float = LESS, tokens: float = LESS, flops: float = EITHE
     return Results(
         study="moe_vs_dense",
         conditions={"hardware": "2 cores of a CPU", "jax": "0.10.2", "data": "text | bytes"},
-        rows=tuple(rows),
+        rows=rows,
         facts=tuple(shown),
         findings=tuple(findings()),
         predicted=tuple(forecasts()),
@@ -202,7 +203,377 @@ def results(wall_clock: float = LESS, tokens: float = LESS, flops: float = EITHE
     )
 
 
-if __name__ == "__main__":
-    import sys
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> tuple[Results, Path]:
+    """A whole report."""
+    folder = tmp_path_factory.mktemp("study")
+    with warnings.catch_warnings(action="error"):  # a layout that fails
+        report.write(results(), folder)
+    return results(), folder
 
-    report.write(results(), Path(sys.argv[1]))
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> tuple[Results, Path]:
+    """A report of one dense model of one seed, whose intervals are unknown, over an older file."""
+    (one,) = ladder({"tokens": 0.0}, rungs=("xs",), labels=(), seeds=(0,))
+    unknown = {score: Estimate(one.scores[score].value, -math.inf, math.inf) for score in SCORES}
+    found = Results(study="bare", conditions={}, rows=(replace(one, scores=unknown, missing=(1, 2)),))
+    folder = tmp_path_factory.mktemp("bare")
+    (folder / "forecasts.csv").write_text("of an older report")
+    (folder / "expert_load.png").write_text("of an older report")
+    (folder / "notes.txt").write_text("not ours")
+    with warnings.catch_warnings(action="error"):
+        report.write(found, folder)
+    return found, folder
+
+
+def tables(text: str) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """(the headings above it, its rows) of every table."""
+    headings: dict[int, str] = {}
+    for block in text.split("\n\n"):
+        if match := re.match(r"(#+) (.*)", block):
+            headings = {level: name for level, name in headings.items() if level < len(match[1])}
+            headings[len(match[1])] = match[2]
+        elif block.startswith("| "):
+            header, rule, *rows = (
+                [c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in block.splitlines()
+            )
+            assert set(rule) == {"---"}
+            assert all(len(cells) == len(header) for cells in rows)
+            yield "/".join(list(headings.values())[1:]), [dict(zip(header, cells, strict=True)) for cells in rows]
+
+
+def numbers(cell: str) -> list[float]:
+    return [float(found.replace(",", "")) for found in re.findall(r"[+-]?\d[\d,]*\.?\d*", cell)]
+
+
+def says(cell: str, estimate: Estimate | None, form: Form) -> None:
+    """Checks that a cell holds the value and both ends of the interval, to its last digit."""
+    if estimate is None:
+        assert cell == "–"
+        return
+    wanted = [value * form.scale for value in (estimate.value, estimate.low, estimate.high)]
+    np.testing.assert_allclose(numbers(cell), wanted, atol=0.51 * 10.0**-form.decimals)
+    assert form.unit in cell
+
+
+def lines(folder: Path, name: str) -> list[dict[str, str]]:
+    with (folder / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def spread(line: dict[str, str], name: str) -> Estimate | None:
+    values = [line[name], line[f"{name}_low"], line[f"{name}_high"]]
+    return Estimate(*map(float, values)) if all(values) else None
+
+
+def test_the_ladder_in_the_text_says_what_the_rows_say(written):
+    found, folder = written
+    models, training, gains, same = (
+        rows for where, rows in tables((folder / "study.md").read_text()) if where == "Ladder"
+    )
+    first = {(one.rung, one.facts.arm.label): one for one in found.rows}
+    assert [(line["rung"], line["arm"]) for line in models] == list(first)
+    for line, one in zip(models, first.values(), strict=True):
+        says(line["step time"], one.facts.seconds, clock(one.facts.seconds.value))
+        says(line["over dense"], one.increase, PERCENT)
+        assert line["parameters"] == count(one.facts.total)
+        assert line["active"] == count(one.facts.active)
+        assert line["outside the embedding"] == count(one.facts.outside)
+
+    by_cell = {(one.rung, one.facts.arm.label, one.rule): one for one in found.rows}
+    words = {"wall_clock": "equal wall clock", "tokens": "equal tokens", "flops": "equal FLOPs"}
+    told = [(line["rung"], line["arm"], rule) for line in training for rule in RULES if words[rule] in line["at"]]
+    assert Counter(told) == Counter(list(by_cell))
+    for line in training:
+        one = by_cell[line["rung"], line["arm"], next(rule for rule in RULES if words[rule] in line["at"])]
+        assert int(line["steps"].replace(",", "")) == one.steps
+        assert line["tokens"] == count(one.tokens)
+        assert line["time"] == duration(3600 * one.hours)
+        for score, header in zip(SCORES, list(line)[-3:], strict=True):
+            says(line[header], one.scores[score], SCORE_FORMS[score])
+    for table, kind in ((gains, "gain"), (same, "same_step_time")):
+        wanted = [one for one in found.rows if getattr(one, kind)]
+        assert [(line["rung"], line["arm"], line["at"]) for line in table] == [
+            (one.rung, one.facts.arm.label, words[one.rule]) for one in wanted
+        ]
+        for line, one in zip(table, wanted, strict=True):
+            for score, header in zip(SCORES, list(line)[-3:], strict=True):
+                says(line[header], getattr(one, kind)[score], GAIN_FORMS[score])
+
+
+def test_the_csv_files_give_every_number_back_exactly(written):
+    found, folder = written
+    for line, one in zip(lines(folder, "ladder.csv"), found.rows, strict=True):
+        assert (line["rung"], line["arm"], line["rule"]) == (one.rung, one.facts.arm.label, one.rule)
+        assert line["dense"] == str(one.dense)
+        assert [int(line[name]) for name in ("total", "active", "outside")] == [
+            one.facts.total,
+            one.facts.active,
+            one.facts.outside,
+        ]
+        assert [float(line[name]) for name in ("steps", "tokens", "flops", "hours")] == [
+            one.steps,
+            one.tokens,
+            one.flops,
+            one.hours,
+        ]
+        assert spread(line, "seconds") == one.facts.seconds
+        assert spread(line, "increase") == one.increase
+        for score in SCORES:
+            assert spread(line, score) == one.scores[score]
+            assert tuple(map(float, line[f"{score}_by_seed"].split())) == one.by_seed[score]
+            assert spread(line, f"gain_{score}") == one.gain.get(score)
+            assert spread(line, f"same_step_time_{score}") == one.same_step_time.get(score)
+        assert line["seeds"] == "0 1 2"
+
+    wanted = [pair for one in found.rows for curve in one.curves for pair in curve]
+    assert [(float(line["hours"]), float(line["loss"])) for line in lines(folder, "curves.csv")] == wanted
+    wanted = [share for one in found.rows for shares in one.loads for share in shares]
+    assert [float(line["share"]) for line in lines(folder, "loads.csv")] == wanted
+
+    times = lines(folder, "step_times.csv")
+    unique = {(one.arm.experiment, one.arm.changes): one for one in found.facts}
+    assert [spread(line, "seconds") for line in times if line["kind"] == "step"] == [o.seconds for o in unique.values()]
+    for kind, values in (("round", lambda o: o.rounds), ("part", lambda o: o.parts.values())):
+        wanted = [value for one in unique.values() for value in values(one)]
+        assert [float(line["seconds"]) for line in times if line["kind"] == kind] == wanted
+
+    changes = iter(lines(folder, "ablations.csv"))
+    for finding in found.findings:
+        for arm, value in zip(finding.series.arms, finding.values, strict=True):
+            line = next(changes)
+            assert (line["kind"], float(line["x"]), spread(line, "value")) == ("value", arm.x, value)
+        line = next(changes)
+        assert (line["kind"], spread(line, "value"), line["verdict"]) == ("change", finding.change, finding.verdict)
+
+    forecasts = lines(folder, "forecasts.csv")
+    for line, one in zip([line for line in forecasts if line["kind"] == "step"], found.predicted, strict=True):
+        assert (line["slice"], line["where"], line["error"]) == (one.slice, one.where, one.error)
+        for name in ("seconds", "mfu", "flops", "memory", "capacity", "increase"):
+            value = getattr(one, name)
+            assert line[name] == ("" if one.error or value is None else str(value))
+    wanted = [pair for one in found.predicted for pair in one.parts.items()]
+    assert [(line["part"], float(line["seconds"])) for line in forecasts if line["kind"] == "part"] == wanted
+
+
+def test_step_times_ablations_and_forecasts_in_the_text_say_what_was_found(written):
+    found, folder = written
+    by_section: dict[str, list] = {}
+    for where, rows in tables((folder / "study.md").read_text()):
+        by_section.setdefault(where, []).append(rows)
+    times, broken_down = by_section["Step times"]
+    unique = {(one.arm.experiment, one.arm.changes): one for one in found.facts}.values()
+    for line, one in zip(times, unique, strict=True):
+        says(line["step time"], one.seconds, clock(one.seconds.value))
+    for line, one in zip(broken_down, unique, strict=True):
+        cells = {name: cell for name, cell in line.items() if name not in ("where", "arm")}
+        assert {name for name, cell in cells.items() if cell != "–"} == one.parts.keys()
+        assert all(cells[name] == duration(seconds) for name, seconds in one.parts.items())
+
+    verdicts, values = by_section["Ablations"]
+    assert [line["verdict"] for line in verdicts] == [finding.verdict for finding in found.findings]
+    says(verdicts[0]["change"], found.findings[0].change, PERCENT)
+    says(verdicts[1]["change"], found.findings[1].change, Form(1, "points", 100))
+    says(verdicts[5]["change"], found.findings[5].change, SCORE_FORMS["bits_per_byte"])
+    assert len(values) == sum(len(finding.values) for finding in found.findings)
+
+    for name in SLICES:
+        told = [
+            line for where, rows in by_section.items() if where.startswith(f"Forecasts/{name}/") for line in rows[0]
+        ]
+        wanted = [one for one in found.predicted if one.slice == name]
+        assert len(told) == len(wanted)
+        for line, one in zip(told, wanted, strict=True):
+            if one.error:
+                assert line["parameters / active"] == "no forecast: does not compile: sizes do not divide"
+                continue
+            assert line["arm"] == one.arm.label
+            assert line.get("rung", one.where) == one.where
+            assert line["step time"] == duration(one.seconds)
+            assert line["over dense"] == ("–" if one.dense else f"{100 * one.increase:+.1f} %")
+            assert line["memory of a device"] == "61.00 GiB of 95.00 GiB"
+            assert line["tokens at equal wall clock"] == "110.0 B"
+    assert by_section["Conditions"][0][2] == {"what": "data", "value": "text \\| bytes"}
+
+
+def test_every_file_is_named_and_every_named_file_is_there(written, bare):
+    for _, folder in (written, bare):
+        text = (folder / "study.md").read_text()
+        shown = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+        assert sorted(shown) == sorted(path.name for path in folder.glob("*.png"))
+        linked = re.findall(r"(?<!!)\[[^]]*\]\(([^)]*)\)", text)
+        assert sorted(linked) == sorted(path.name for path in folder.glob("*.csv"))
+        assert not list(folder.glob("*.new"))
+    assert {path.name for path in written[1].glob("*.png")} == figures.FIGURES.keys()
+
+
+def test_figures_are_small_pictures_with_something_on_them(written, bare):
+    from PIL import Image
+
+    for path in (*written[1].glob("*.png"), *bare[1].glob("*.png")):
+        assert path.stat().st_size < 120_000, path
+        pixels = np.asarray(Image.open(path).convert("L"))
+        assert 150 < pixels.shape[0] < 1200, path
+        assert 500 < pixels.shape[1] < 1300, path
+        assert 0.01 < (pixels < 200).mean() < 0.5, path
+
+
+def test_commands_stand_in_a_block_to_be_copied_once_each(written):
+    found, folder = written
+    block = re.search(r"## How to repeat a cell\n\n```\n(.*?)\n```", (folder / "study.md").read_text(), re.DOTALL)[1]
+    told = [line for line in block.splitlines() if not line.startswith("#")]
+    dense = {command: None for one in found.rows if one.dense for command in one.commands}
+    sparse = [command for one in found.rows if not one.dense for command in one.commands]
+    assert Counter(told) == Counter([*dense, *sparse])
+
+
+def answer(found: Results) -> str:
+    return report.page(found, ()).split("## Answer\n\n")[1].split("\n\n## ")[0]
+
+
+def test_the_answer_follows_the_intervals():
+    said = answer(results(wall_clock=LESS))
+    assert said.startswith("**At equal wall clock, mixtures of experts were better than dense models.**")
+    assert "better are 8 experts at xs -0.0300 (-0.0400 to -0.0200), 32 experts at xs -0.0390" in said
+    assert "None was better at equal tokens only." in said
+    assert "By next-token accuracy: 6 better. By choice among four: 6 not decided." in said
+
+    said = answer(results(wall_clock=MORE))
+    assert said.startswith("**At equal wall clock, mixtures of experts were worse than dense models.**")
+    assert "worse are 8 experts at xs +0.0300 (+0.0200 to +0.0400)" in said
+    assert "At equal tokens, but not at equal wall clock, better are 8 experts at xs -0.0300" in said
+
+    said = answer(results(wall_clock=EITHER, tokens=MORE))
+    assert said.startswith("**It is not decided whether mixtures of experts beat dense models at equal wall clock.**")
+    assert "not decided are 8 experts at xs +0.0010 (-0.0090 to +0.0110)" in said
+    assert "better are" not in said
+
+    half = results(wall_clock=LESS).rows[:9] + results(wall_clock=MORE).rows[9:]
+    said = answer(replace(results(), rows=half))
+    assert said.startswith("**It depends on the model whether")
+    better, worse = said.split("worse are", 1)
+    assert "32 experts at xs" in better
+    assert "32 experts at m" in worse
+
+
+def test_an_interval_that_ends_in_0_decides_nothing():
+    rows = results(wall_clock=LESS).rows
+    edge = {"bits_per_byte": Estimate(-0.02, -0.04, 0.0)}
+    rows = tuple(replace(one, gain=edge) if one.gain else one for one in rows)
+    assert answer(replace(results(), rows=rows)).startswith("**It is not decided")
+
+
+def test_the_breakdown_blames_what_grew_most_or_shrank_most():
+    found = results(rungs=("xs",), labels=("8 experts",))
+    said = answer(found)
+    assert (
+        "- 8 experts at xs: +18.0 % (+16.0 to +20.0), experts +3.175 ms, dispatch +1.588 ms, router +529.2 µs" in said
+    )
+
+    faster = {"attention": 0.001, "feed-forward": 0.002, "head": 0.0021, "optimizer": 0.0025}
+    slower = {"attention": 0.004, "feed-forward": 0.0025, "head": 0.002, "optimizer": 0.0025}
+    rows = tuple(
+        replace(
+            one,
+            increase=None if one.dense else around(-0.2, 0.01),
+            facts=replace(one.facts, parts=slower if one.dense else faster),
+        )
+        for one in found.rows
+    )
+    said = answer(replace(found, rows=rows))
+    assert "- 8 experts at xs: -20.0 % (-21.0 to -19.0), attention -3.000 ms, feed-forward -500.0 µs\n" in said
+
+
+def not_run(found: Results) -> str:
+    text = report.page(found, ())
+    return text.split("## What was not run\n\n")[1]
+
+
+def test_what_is_missing_is_said():
+    full = results()
+    assert not_run(full).splitlines() == [
+        "- moe_dense:huge: out of memory",
+        "- forecast of 64 experts in every 4th layer (29.6B) on v6e-256: does not compile: sizes do not divide",
+    ]
+    assert not_run(replace(full, not_run=(), predicted=full.predicted[:3])) == "- Nothing was left out.\n"
+
+    empty = report.page(Results(study="x", conditions={}), ())
+    assert "Nothing can be said yet about equal wall clock" in empty
+    for line in ("the ladder: no run has finished", "step times", "ablations", "forecasts for slices"):
+        assert f"- {line}\n" in not_run(Results(study="x", conditions={}))
+    assert re.findall("^## (.*)", empty, re.MULTILINE) == ["Answer", "What was not run"]
+
+    late = replace(full.rows[1], seeds=(0,), missing=(1, 2))
+    said = not_run(replace(full, rows=(full.rows[0], late, *full.rows[2:])))
+    assert "- 8 experts at xs, equal wall clock: seeds 1, 2 are missing\n" in said
+    assert "forecasts for slices" in not_run(replace(full, predicted=()))
+    assert "there is nothing to compare the dense models with" in not_run(results(labels=()))
+    assert "Nothing can be said yet about equal wall clock" in answer(results(labels=()))
+
+    single = results(rungs=("xs",), seeds=(3,))
+    assert "- more than one rung: nothing can be read off at the same step time\n" in not_run(single)
+    assert "With one seed they say nothing about how results vary between seeds." in answer(single)
+
+    two = replace(full, rows=tuple(one for one in full.rows if one.rule != "flops"))
+    assert "- training at equal FLOPs\n" in not_run(two)
+    plain = tuple(replace(one, facts=replace(one.facts, parts={})) for one in full.rows)
+    assert "the step times are not taken apart" in not_run(replace(full, rows=plain, facts=()))
+
+
+def test_a_bare_report_draws_what_it_has_and_takes_away_what_is_no_longer_so(bare):
+    _, folder = bare
+    drawn = {"speed_accuracy.png", "loss_wall_clock.png", "step_time_breakdown.png"}
+    tables = {"ladder.csv", "curves.csv", "step_times.csv"}
+    assert {path.name for path in folder.iterdir()} == {"study.md", "notes.txt", *drawn, *tables}
+    text = (folder / "study.md").read_text()
+    assert "| 2.4000 (interval unknown) | 42.00 % (interval unknown) | 50.00 % (interval unknown) |" in text
+    assert "- dense at xs, equal tokens: seeds 1, 2 are missing\n" in text
+
+
+@pytest.mark.parametrize("fault", ["draw", "write"])
+def test_a_report_that_fails_leaves_the_old_one_whole(bare, tmp_path, monkeypatch, fault):
+    found, folder = bare
+    old = tmp_path / "old"
+    shutil.copytree(folder, old)
+    before = {path.name: path.read_bytes() for path in old.iterdir()}
+
+    def no_space(path, content):
+        if path.name.startswith("study.md"):
+            raise OSError(errno.ENOSPC, "no space left")
+        path.open("wb").write(content)
+
+    def no_glyph(results):
+        raise ValueError("cannot be drawn")
+
+    if fault == "draw":
+        monkeypatch.setattr(figures, "draw", no_glyph)
+    else:
+        monkeypatch.setattr(Path, "write_bytes", no_space)
+    with pytest.raises((OSError, ValueError), match=r"no space left|cannot be drawn"):
+        report.write(replace(found, study="another", rows=()), old)
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+
+
+def test_labels_tell_the_rung_once():
+    rungs = {"50k": "MoE 50k, 8 experts", "s": "8 experts", "6.4B": "dense 6.4B"}
+    assert [without(*pair) for pair in rungs.items()] == ["MoE, 8 experts", "8 experts", "dense"]
+    assert [placed(*pair) for pair in rungs.items()] == ["MoE 50k, 8 experts", "8 experts at s", "dense 6.4B"]
+
+
+def test_rungs_are_told_from_series_without_numbers():
+    found = [one.where for one in figures.ladder(results().predicted) if one.slice == SLICES[0]]
+    assert found == ["6.4B", "6.4B", "12.6B", "12.6B", "29.6B", "29.6B"]
+
+
+def test_times_and_counts_are_written_in_a_unit_that_suits_them():
+    assert [duration(t) for t in (3.21e-5, 0.012345, 1.5, 90.0, 86400.0)] == [
+        "32.10 µs",
+        "12.35 ms",
+        "1.500 s",
+        "1.500 min",
+        "24.00 h",
+    ]
+    assert [count(n) for n in (7, 12345, 6.4e9, 1.28e11)] == ["7", "12.35 k", "6.400 B", "128.0 B"]
+    assert duration(Estimate(0.01, 0.009, 0.0112)) == "10.00 ms (9.00 to 11.20)"
+    assert PERCENT.text(None) == PERCENT.text(math.nan) == "–"
