@@ -209,12 +209,16 @@ def moe_195k() -> Experiment:
 _EXPERTS = "method.model.layers.layer.layers.3.ffn"  # of moe_6b
 
 
-def _moe_6b(label: str, x: float | None = None, **changes: str | float) -> Arm:
-    """moe_6b with fields of its mixtures changed, "router.k" as router__k; experts over at most 64 devices."""
+def _moe_6b(label: str, x: float, **changes: str | float) -> Arm:
+    """moe_6b with fields of its mixtures changed, "router.k" as router__k."""
     fields = [(f"{_EXPERTS}.{name.replace('__', '.')}", str(value)) for name, value in changes.items()]
-    if "num_experts" in changes:
-        fields.append(("mesh.expert", str(min(int(changes["num_experts"]), 64))))
     return Arm(label=label, experiment="moe_6b", changes=tuple(fields), x=x)
+
+
+def _experts(num_experts: int, devices: int) -> Arm:
+    """moe_6b with another number of experts, which lie on so many devices."""
+    changes = ((f"{_EXPERTS}.num_experts", str(num_experts)), ("mesh.expert", str(devices)))
+    return Arm(label=f"{num_experts} experts", experiment="moe_6b", changes=changes, x=num_experts)
 
 
 def _outlook() -> Outlook:
@@ -226,7 +230,11 @@ def _outlook() -> Outlook:
         experiment="moe_6b",
         changes=(("rules.table", repr(Rules().replace(**GATHER_REDUCE).table)),),
     )
-    dropless = _moe_6b("dropless", dispatch="dropless", buffer_factor=1.25)
+    dropless = Arm(
+        label="dropless",
+        experiment="moe_6b",
+        changes=((f"{_EXPERTS}.dispatch", "dropless"), (f"{_EXPERTS}.buffer_factor", "1.25")),
+    )
     return Outlook(
         ladder=(
             Rung(
@@ -252,7 +260,14 @@ def _outlook() -> Outlook:
             Series(
                 name="experts",
                 dense=dense,
-                arms=tuple(_moe_6b(f"{n} experts", n, num_experts=n) for n in (8, 16, 32, 64, 128, 256)),
+                arms=(  # over a whole side of v5p-1024, 8 x 8 x 8 chips, or of v6e-256, 16 x 16
+                    _experts(8, 8),
+                    _experts(16, 8),
+                    _experts(16, 16),
+                    _experts(32, 8),
+                    _experts(32, 32),
+                    *(_experts(n, 64) for n in (64, 128, 256)),
+                ),
             ),
             Series(
                 name="capacity factor",

@@ -45,8 +45,9 @@ def chunked_cross_entropy(
 
     def one(hidden, targets):
         logits = head(hidden)
-        nll, log_z = softmax_cross_entropy(logits, targets)
-        return {"nll": nll, "log_z": log_z, "correct": (logits.argmax(-1) == targets).astype(jnp.float32)}
+        with jax.named_scope("loss"):
+            nll, log_z = softmax_cross_entropy(logits, targets)
+            return {"nll": nll, "log_z": log_z, "correct": (logits.argmax(-1) == targets).astype(jnp.float32)}
 
     batch, length = targets.shape
     if chunk is not None and chunk < 1:

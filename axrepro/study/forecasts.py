@@ -5,6 +5,7 @@
 import hashlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def forecast_all(
 
 def read(folder: Path, study: Study, changes: Mapping[str, str]) -> tuple[Predicted, ...]:
     """The forecasts in `folder` of the arms of a study's outlook, by slice, and in its order; those missing are left
-    out.
+    out. Of several arms of one label, which are one model on several meshes, it is the fastest that fits.
 
     Training budgets follow from `study.tokens_per_parameter` alone: `study.hours` are those of the machine that trains.
     """
@@ -77,13 +78,13 @@ def read(folder: Path, study: Study, changes: Mapping[str, str]) -> tuple[Predic
         known = _known(path)
         for where, dense, arms in _groups(study.outlook):
             base = known.get(_name(dense, changes)) if dense is not None else None
-            pairs = [(dense, True)] * (dense is not None) + [(arm, False) for arm in arms]
+            by_label: dict[tuple[str, bool], list[Predicted]] = defaultdict(list)
+            for arm, is_dense in [(dense, True)] * (dense is not None) + [(arm, False) for arm in arms]:
+                if (line := known.get(_name(arm, changes))) is not None:
+                    one = _predicted(path.stem, where, arm, is_dense, line, base, study.tokens_per_parameter)
+                    by_label[arm.label, is_dense].append(one)
             found += [
-                _predicted(
-                    path.stem, where, arm, is_dense, known[_name(arm, changes)], base, study.tokens_per_parameter
-                )
-                for arm, is_dense in pairs
-                if _name(arm, changes) in known
+                min(same, key=lambda one: (not one.fits, bool(one.error), one.seconds)) for same in by_label.values()
             ]
     return tuple(found)
 

@@ -72,7 +72,10 @@ class Summary:
 
 
 def instructions(text: str) -> dict[str, tuple[str, set[str]]]:
-    """Name -> (op_name, opcodes with those of the computations that it calls), of a compiled program's text."""
+    """Name -> (op_name, opcodes with those of the computations that it calls), of a compiled program's text.
+
+    What the compiler added has the scopes of what takes it, or else of what it takes.
+    """
     try:
         computations = hlo.parse(text).computations.values() if text else ()
     except UserError:  # a form that is not known yet: the profile is worth more than the names in it
@@ -81,10 +84,32 @@ def instructions(text: str) -> dict[str, tuple[str, set[str]]]:
     codes = {one.name: {one.opcode, target(one)} - {""} for body in computations for one in body.instructions}
     bodies = {body.name: set().union(*(codes[one.name] for one in body.instructions)) for body in computations}
     return {
-        one.name: (one.op_name, codes[one.name].union(*(bodies[name] for name in one.names("calls"))))
+        one.name: (meaning, codes[one.name].union(*(bodies[name] for name in one.names("calls"))))
         for body in computations
-        for one in body.instructions
+        for one, meaning in zip(body.instructions, _meanings(body), strict=True)
     }
+
+
+def _meanings(body: hlo.Computation) -> list[str]:
+    """The op_name of every instruction, lent by a neighbour to those without."""
+    found = {one.name: one.op_name for one in body.instructions}
+    opcodes = {one.name: one.opcode for one in body.instructions}
+
+    def lend(name: str, lender: str) -> None:
+        within = found.get(lender, "").rpartition("/")[0]
+        if not found.get(name, "?") and scopes(within):
+            found[name] = f"{within}/{opcodes[name]}"
+
+    moves = (_SILENT | _CONTROL) - {"fusion"}  # values of different origin
+    for one in reversed(body.instructions):
+        for operand in one.operands:
+            if opcodes.get(operand) not in moves - {"tuple"}:  # one is made for what takes it, such as a loop
+                lend(operand, one.name)
+    for one in body.instructions:
+        for operand in one.operands:
+            if one.opcode not in moves and opcodes.get(operand) not in moves:
+                lend(one.name, operand)
+    return list(found.values())
 
 
 def _kind(name: str, meaning: str, codes: set[str]) -> str:
@@ -204,10 +229,18 @@ class Profiler:
         Args:
           program: text of the compiled step.
         """
-        jax.profiler.stop_trace()
-        first, self._first = self._first, None
-        newest = max(self._folder.glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime_ns)
-        steps = f"step {first}" if first == step else f"steps {first} to {step}"
-        text = summarise(ProfileData.from_file(str(newest)), program).text(f"profile of {steps}")
+        first, summary = self._first, self.end(program)
+        text = summary.text(f"profile of step {first}" if first == step else f"profile of steps {first} to {step}")
         (self._folder / "summary.txt").write_text(text)
         return text
+
+    def end(self, program: str) -> Summary:
+        """Ends the trace.
+
+        Args:
+          program: text of the compiled step.
+        """
+        self._first = None
+        jax.profiler.stop_trace()
+        newest = max(self._folder.glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().st_mtime_ns)
+        return summarise(ProfileData.from_file(str(newest)), program)

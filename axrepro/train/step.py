@@ -93,9 +93,10 @@ def train_step(program: Program, state: TrainState[jax.Array], batch: dict) -> t
         finite |= {f"update of {path}": jnp.isfinite(u.value).all() for path, u in collect(done.aux, Update).items()}
     ok = jnp.stack(list(finite.values())).all()
     keep = lambda new, old: jnp.where(ok, new, old)
-    params = jax.tree.map(keep, done.params, state.params)
-    opt_state = jax.tree.map(keep, done.opt_state, state.opt_state)
-    average = jax.tree.map(keep, program.next_average(state, params), state.average)
+    with jax.named_scope("optimizer"):
+        params = jax.tree.map(keep, done.params, state.params)
+        opt_state = jax.tree.map(keep, done.opt_state, state.opt_state)
+        average = jax.tree.map(keep, program.next_average(state, params), state.average)
     skips = {"total": state.skips["total"] + ~ok, "in_row": jnp.where(ok, 0, state.skips["in_row"] + 1)}
     state = replace(state, step=state.step + 1, params=params, opt_state=opt_state, skips=skips, average=average)
     details = {"by_layer": by_layer, "histograms": histograms}
