@@ -150,7 +150,7 @@ def _rung(dim: int) -> Experiment:
     changes = {
         "method.model.layers.unroll": 4,
         "data.batch_size": 16,
-        "data.source.holdout": 50,
+        "data.source.holdout": 100,
         "optimizer.learning_rate.peak": 5e-3,
         "train.log_every": 20,
         "checkpoint.every": 500,

@@ -120,6 +120,10 @@ def run(
     """
     cells = list({cell.key: cell for cell in cells}.values())
     failed, asked = {}, {}
+    if jax.config.jax_compilation_cache_dir is None and "://" not in str(folder):
+        # cells that differ in their seed are one program; to start a cell again takes no compiling either
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     for number, cell in enumerate(cells, start=1):
         path = folder / cell.folder
         experiment = experiment_of(cell.arm, hardware, cell.overrides)

@@ -138,7 +138,8 @@ def first_state(program: Program) -> TrainState:
         key = jax.random.fold_in(jax.random.key(seed), 2)  # apart from those of `Program.init`
         return program.init(seed, settings.conversion.apply(program.specs, read, key))
 
-    return jax.jit(first, static_argnums=0, out_shardings=program.shardings)(settings.seed, read)
+    # not as a constant, so that runs which differ in their seed alone share one compiled function
+    return jax.jit(first, out_shardings=program.shardings)(np.uint32(settings.seed), read)
 
 
 def _read_sources(program: Program, workdir: str) -> dict:
