@@ -225,11 +225,9 @@ def _outlook() -> Outlook:
     """The scales of the paper, and at the smallest of them what a mixture is made of."""
     dense = Arm(label="dense 6.4B", experiment="dense_6b")
     every_4th = Arm(label="every 4th block", experiment="moe_6b", x=4)
-    gather = Arm(
-        label="gather and reduce",
-        experiment="moe_6b",
-        changes=(("rules.table", repr(Rules().replace(**GATHER_REDUCE).table)),),
-    )
+    table = ("rules.table", repr(Rules().replace(**GATHER_REDUCE).table))
+    gather = Arm(label="gather and reduce", experiment="moe_6b", changes=(table,))
+    of_16 = replace(gather, changes=(table, ("mesh.expert", "16")))  # the mesh of the released experiments
     dropless = Arm(
         label="dropless",
         experiment="moe_6b",
@@ -291,7 +289,7 @@ def _outlook() -> Outlook:
             Series(
                 name="dispatch",
                 dense=dense,
-                arms=(Arm(label="exchange", experiment="moe_6b"), gather, dropless),
+                arms=(Arm(label="exchange", experiment="moe_6b"), gather, of_16, dropless),
             ),
         ),
     )

@@ -7,15 +7,18 @@ from axrepro.core.param import count_params
 
 VOCABULARY, CHOICES = 32768, 2
 DENSE = {"6.4": (32, 4096), "12.6": (40, 5120), "29.6": (48, 7168), "1.6": (32, 2048)}  # billions: (L, D)
-NAMED = {  # backbone, experts
+NAMED = {  # backbone, experts in every 4th block, or as EVERY says
     "dense_6b": ("6.4", 0),
     "dense_13b": ("12.6", 0),
     "dense_29b": ("29.6", 0),
     "moe_6b": ("6.4", 64),
+    "moe_6b_every1": ("6.4", 64),
+    "moe_6b_every2": ("6.4", 64),
     "moe_13b": ("12.6", 64),
     "moe_29b": ("29.6", 64),
     "moe_1p6b_256e": ("1.6", 256),
 }
+EVERY = {"moe_6b_every1": 1, "moe_6b_every2": 2}
 ENTRIES = registry.index()
 
 
@@ -29,7 +32,7 @@ def test_parameters_and_tokens_are_those_of_the_name(name):
     assert dense / 1e9 == pytest.approx(float(billions), abs=0.05)
     assert dense == pytest.approx(12 * layers * dim**2, rel=16 / dim)  # 64 hidden units, by rounding
 
-    sparse = layers // 4 if experts else 0
+    sparse = layers // EVERY.get(name, 4) if experts else 0
     router = dim * experts
     experiment = registry.load(registry.find(name, ENTRIES))
     specs = experiment.method.model.specs()
