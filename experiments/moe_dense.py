@@ -166,19 +166,34 @@ def _sparse_rung(dense: Experiment, num_experts: int = 8, k: int = 2) -> Experim
     return every(dense, k, moe)
 
 
+def dense_28k() -> Experiment:
+    """Dense, 28k parameters outside the embedding: the lowest rung of the study's ladder."""
+    return _rung(dim=24)
+
+
 def dense_50k() -> Experiment:
-    """Dense, 50k parameters outside the embedding: the lowest rung of the study's ladder."""
+    """Dense, 50k parameters outside the embedding."""
     return _rung(dim=32)
 
 
-def dense_110k() -> Experiment:
-    """Dense, 111k parameters outside the embedding."""
-    return _rung(dim=48)
+def dense_77k() -> Experiment:
+    """Dense, 77k parameters outside the embedding."""
+    return _rung(dim=40)
 
 
-def dense_195k() -> Experiment:
-    """Dense, 195k parameters outside the embedding."""
-    return _rung(dim=64)
+def moe_28k() -> Experiment:
+    """The 28k backbone, 8 experts in every second block."""
+    return _sparse_rung(dense_28k())
+
+
+def moe_28k_every1() -> Experiment:
+    """The 28k backbone, 8 experts in every block."""
+    return _sparse_rung(dense_28k(), k=1)
+
+
+def moe_28k_every4() -> Experiment:
+    """The 28k backbone, 8 experts in the last of its four blocks."""
+    return _sparse_rung(dense_28k(), k=4)
 
 
 def moe_50k() -> Experiment:
@@ -186,24 +201,9 @@ def moe_50k() -> Experiment:
     return _sparse_rung(dense_50k())
 
 
-def moe_50k_every1() -> Experiment:
-    """The 50k backbone, 8 experts in every block."""
-    return _sparse_rung(dense_50k(), k=1)
-
-
-def moe_50k_every4() -> Experiment:
-    """The 50k backbone, 8 experts in the last of its four blocks."""
-    return _sparse_rung(dense_50k(), k=4)
-
-
-def moe_110k() -> Experiment:
-    """The 110k backbone, 8 experts in every second block."""
-    return _sparse_rung(dense_110k())
-
-
-def moe_195k() -> Experiment:
-    """The 195k backbone, 8 experts in every second block."""
-    return _sparse_rung(dense_195k())
+def moe_77k() -> Experiment:
+    """The 77k backbone, 8 experts in every second block."""
+    return _sparse_rung(dense_77k())
 
 
 _EXPERTS = "method.model.layers.layer.layers.3.ffn"  # of moe_6b
@@ -295,13 +295,13 @@ def _outlook() -> Outlook:
     )
 
 
-_MIXTURE = "method.model.layers.layer.layers.1.ffn"  # of moe_50k
+_MIXTURE = "method.model.layers.layer.layers.1.ffn"  # of moe_28k
 
 
-def _moe_50k(label: str, x: float | None = None, **changes: float) -> Arm:
-    """moe_50k with fields of its mixtures changed, "router.losses.z" as router__losses__z."""
+def _moe_28k(label: str, x: float | None = None, **changes: float) -> Arm:
+    """moe_28k with fields of its mixtures changed, "router.losses.z" as router__losses__z."""
     fields = tuple((f"{_MIXTURE}.{name.replace('__', '.')}", str(value)) for name, value in changes.items())
-    return Arm(label=label, experiment="moe_50k", changes=fields, x=x)
+    return Arm(label=label, experiment="moe_28k", changes=fields, x=x)
 
 
 def moe_vs_dense() -> Study:
@@ -314,28 +314,28 @@ def moe_vs_dense() -> Study:
     def expected(**directions: Direction) -> tuple[Expectation, ...]:
         return tuple(Expectation(measure=measure, direction=way) for measure, way in directions.items())
 
-    ladder = tuple(rung(size) for size in ("50k", "110k", "195k"))
+    ladder = tuple(rung(size) for size in ("28k", "50k", "77k"))
     dense = ladder[0].dense
-    base = Arm(label="base", experiment="moe_50k")
+    base = Arm(label="base", experiment="moe_28k")
     ablations = (
         Series(
             name="weight of the balance loss",
-            arms=(_moe_50k("0", 0, router__losses__balance=0), replace(base, label="0.01", x=0.01)),
+            arms=(_moe_28k("0", 0, router__losses__balance=0), replace(base, label="0.01", x=0.01)),
             expected=expected(dropped="falls", busiest="falls"),
         ),
         Series(
             name="capacity factor",
             dense=dense,
-            arms=(*(_moe_50k(f"{c}", c, capacity_factor=c) for c in (1.0, 1.25)), replace(base, label="2.0", x=2)),
+            arms=(*(_moe_28k(f"{c}", c, capacity_factor=c) for c in (1.0, 1.25)), replace(base, label="2.0", x=2)),
             expected=expected(dropped="falls", step_time="rises"),
         ),
         Series(
             name="blocks per mixture",
             dense=dense,
             arms=(
-                Arm(label="1", experiment="moe_50k_every1", x=1),
+                Arm(label="1", experiment="moe_28k_every1", x=1),
                 replace(base, label="2", x=2),
-                Arm(label="4", experiment="moe_50k_every4", x=4),
+                Arm(label="4", experiment="moe_28k_every4", x=4),
             ),
             expected=expected(step_time="falls"),
         ),
@@ -343,16 +343,16 @@ def moe_vs_dense() -> Study:
             name="experts",
             dense=dense,
             arms=(
-                _moe_50k("4", 4, num_experts=4),
+                _moe_28k("4", 4, num_experts=4),
                 replace(base, label="8", x=8),
-                _moe_50k("16", 16, num_experts=16),
+                _moe_28k("16", 16, num_experts=16),
             ),
             expected=expected(bits_per_byte="falls", step_time="stays"),
         ),
         Series(
             name="weight of the router z-loss",
-            arms=(_moe_50k("0", 0, router__losses__z=0), replace(base, label="0.001", x=0.001)),
+            arms=(_moe_28k("0", 0, router__losses__z=0), replace(base, label="0.001", x=0.001)),
             expected=expected(router_logits="falls"),
         ),
     )
-    return Study(ladder=ladder, ablations=ablations, outlook=_outlook())
+    return Study(ladder=ladder, ablations=ablations, ablation_steps=200, outlook=_outlook())

@@ -7,6 +7,7 @@ at any instant, the same command goes on. `--topology=v5p-1024` adds forecasts f
 """
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
@@ -154,30 +155,30 @@ def run(argv: list[str]) -> int:
     if not args.topology:
         launch.join_processes(args)
     from axrepro.core.config import override
-    from axrepro.study.files import locked
 
     entry = registry.find(args.study, registry.index(kind="Study"))
     study = _chosen(override(registry.load(entry), of_study), args)
     folder = _folder(entry.name, args)
     if args.report:
         return _report(entry.name, study, of_experiments, folder)
-    import jax
-
-    with locked(folder) if jax.process_index() == 0 else tempfile.SpooledTemporaryFile():
-        if args.topology:
-            return _forecast(entry.name, study, of_experiments, folder, args.topology.split(","))
-        return _train(entry.name, study, of_experiments, folder, args, argv)
+    if args.topology:
+        return _forecast(entry.name, study, of_experiments, folder, args.topology.split(","))
+    return _train(entry.name, study, of_experiments, folder, args, argv)
 
 
 def _train(name: str, study, changes: dict[str, str], folder, args: argparse.Namespace, argv: list[str]) -> int:
+    import jax
+
     from axrepro import launch
     from axrepro.study import sweep
     from axrepro.study.compare import Plan
+    from axrepro.study.files import locked
     from axrepro.study.measured import measure_all
     from axrepro.train.processes import on_first
 
     hardware = launch.attached_hardware()
-    facts = measure_all(study, changes, folder, hardware, _say)
+    with locked(folder) if jax.process_index() == 0 else contextlib.nullcontext():
+        facts = measure_all(study, changes, folder, hardware, _say)
     plan = Plan(study, facts, changes)
     cells = list({cell.key: cell for cell in plan.cells()}.values())
     open_ = [cell for cell in cells if not (folder / cell.folder / "cell.json").exists()]
@@ -210,10 +211,12 @@ def _planned(plan, cells, open_: int, seconds: float) -> str:
 
 
 def _forecast(name: str, study, changes: dict[str, str], folder, topologies: list[str]) -> int:
+    from axrepro.study.files import locked
     from axrepro.study.forecasts import forecast_all
 
-    for topology in topologies:
-        forecast_all(study.outlook, changes, topology, Path(folder), _say)
+    with locked(folder):
+        for topology in topologies:
+            forecast_all(study.outlook, changes, topology, Path(folder), _say)
     return _report(name, study, changes, folder)
 
 

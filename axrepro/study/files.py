@@ -39,9 +39,18 @@ def write_json(path: epath.Path, value: Any) -> None:
         raise UserError(f"cannot write {path}: {error}; make room or choose another --workdir") from None
 
 
+class BusyError(UserError):
+    """Another process works in the folder."""
+
+
 @contextlib.contextmanager
 def locked(folder: epath.Path) -> Iterator[None]:
-    """Raises UserError if another process works in a local folder; what is left after a kill locks nothing."""
+    """Keeps other processes out of a local folder, which is made if need be; a kill leaves nothing locked.
+
+    Raises:
+      BusyError: if another process is there.
+      UserError: if the folder cannot be used.
+    """
     if "://" in str(folder):
         yield
         return
@@ -57,7 +66,7 @@ def locked(folder: epath.Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"another process works in {folder}; wait for it, or choose another --workdir") from None
+            raise BusyError(f"another process works in {folder}; wait for it, or choose another --workdir") from None
         yield
     finally:
         os.close(handle)

@@ -2,9 +2,11 @@
 
 A cell is an arm, a number of steps and a seed, whatever rule led to them. Its folder is the run's workdir and holds
 `cell.json` once it is trained and scored. A sweep that was stopped, at whatever instant, goes on with the cell where it
-was, from that run's last checkpoint.
+was, from that run's last checkpoint. Several processes may share a folder: each cell is locked by the one that trains
+it, and the others take the next (in a bucket there are no locks).
 """
 
+import contextlib
 import re
 import shlex
 import statistics
@@ -21,7 +23,7 @@ from etils import epath
 from axrepro import registry
 from axrepro.errors import UserError
 from axrepro.launch import configured
-from axrepro.study.files import read_json, write_json
+from axrepro.study.files import BusyError, locked, read_json, write_json
 from axrepro.study.held_out import Questions, leaks, make_questions, score_documents, score_questions
 from axrepro.study.study import Arm
 from axrepro.train.experiment import Experiment
@@ -32,6 +34,7 @@ from axrepro.train.processes import from_first, on_first
 from axrepro.train.workdir import Workdir
 from axrepro.train.writers import read_metrics
 
+_WAIT = 5.0  # seconds until cells that others hold are looked at again
 _END = 0.1  # of the logged steps whose routing counts as that of the end
 
 Hardware = tuple[str, int, int]
@@ -112,35 +115,58 @@ def run(
 ) -> dict[tuple, str]:
     """Trains and scores what is not finished yet. Returns why cells failed, by their keys; the others went on.
 
+    When it returns, no cell is left, whoever trained it.
+
     Args:
       questions: how many each model is asked.
     Raises:
       UserError: if nothing can be written, or a cell's folder holds another run.
       StoppedError: after SIGTERM, when the run has saved its state.
     """
-    cells = list({cell.key: cell for cell in cells}.values())
-    failed, asked = {}, {}
+    numbered = list(enumerate({cell.key: cell for cell in cells}.values(), start=1))
+    open_, failed, asked = numbered, {}, {}
     if jax.config.jax_compilation_cache_dir is None and "://" not in str(folder):
         # cells that differ in their seed are one program; to start a cell again takes no compiling either
         jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    for number, cell in enumerate(cells, start=1):
-        path = folder / cell.folder
-        experiment = experiment_of(cell.arm, hardware, cell.overrides)
-        if from_first(lambda path=path: (path / "cell.json").exists()):
-            continue
-        tell(f"cell {number} of {len(cells)}: {cell.arm.label}, {cell.steps} steps, seed {cell.seed}")
-        data = experiment.data
-        try:
-            if data not in asked:
-                asked[data] = make_questions(data, questions), leaks(data)
-                if names := ", ".join(asked[data][1]):
-                    tell(f"training documents give away the held-out {names:.300}; Decontaminated leaves them out")
-            _run_cell(cell, experiment, path, *asked[data])
-        except (NotFiniteError, OutOfMemoryError) as error:
-            failed[cell.key] = " ".join(str(error).split("\n")[0].split())
-            tell(f"failed: {failed[cell.key]}")
+
+    def attempt(number: int, cell: Cell) -> bool:
+        """False if another process has the cell."""
+        path, experiment = folder / cell.folder, experiment_of(cell.arm, hardware, cell.overrides)
+        with contextlib.ExitStack() as held:
+            if not from_first(lambda: _mine(path, held)):
+                return False
+            if from_first(lambda: (path / "cell.json").exists()):
+                return True
+            tell(f"cell {number} of {len(numbered)}: {cell.arm.label}, {cell.steps} steps, seed {cell.seed}")
+            if experiment.data not in asked:
+                asked[experiment.data] = make_questions(experiment.data, questions), leaks(experiment.data)
+            given_away = asked[experiment.data][1]
+            if given_away:
+                names = f"{', '.join(given_away):.300}"
+                tell(f"training documents give away the held-out {names}; Decontaminated leaves them out")
+            try:
+                _run_cell(cell, experiment, path, *asked[experiment.data])
+            except (NotFiniteError, OutOfMemoryError) as error:
+                failed[cell.key] = " ".join(str(error).split("\n")[0].split())
+                tell(f"failed: {failed[cell.key]}")
+        return True
+
+    while open_:
+        taken = [(number, cell) for number, cell in open_ if not attempt(number, cell)]
+        if len(taken) == len(open_):
+            time.sleep(_WAIT)
+        open_ = taken
     return failed
+
+
+def _mine(path: epath.Path, held: contextlib.ExitStack) -> bool:
+    """Whether no other process works on the cell; then none will until `held` is closed."""
+    try:
+        held.enter_context(locked(path))
+    except BusyError:
+        return False
+    return True
 
 
 def _run_cell(
