@@ -176,8 +176,8 @@ def dense_50k() -> Experiment:
     return _rung(dim=32)
 
 
-def dense_77k() -> Experiment:
-    """Dense, 77k parameters outside the embedding."""
+def dense_76k() -> Experiment:
+    """Dense, 76k parameters outside the embedding."""
     return _rung(dim=40)
 
 
@@ -201,9 +201,9 @@ def moe_50k() -> Experiment:
     return _sparse_rung(dense_50k())
 
 
-def moe_77k() -> Experiment:
-    """The 77k backbone, 8 experts in every second block."""
-    return _sparse_rung(dense_77k())
+def moe_76k() -> Experiment:
+    """The 76k backbone, 8 experts in every second block."""
+    return _sparse_rung(dense_76k())
 
 
 _EXPERTS = "method.model.layers.layer.layers.3.ffn"  # of moe_6b
@@ -314,7 +314,7 @@ def moe_vs_dense() -> Study:
     def expected(**directions: Direction) -> tuple[Expectation, ...]:
         return tuple(Expectation(measure=measure, direction=way) for measure, way in directions.items())
 
-    ladder = tuple(rung(size) for size in ("28k", "50k", "77k"))
+    ladder = tuple(rung(size) for size in ("28k", "50k", "76k"))
     dense = ladder[0].dense
     base = Arm(label="base", experiment="moe_28k")
     ablations = (
