@@ -19,7 +19,7 @@ from axrepro.study.step_time import WARM_UP
 from axrepro.study.study import Arm, Expectation, Rule, Rung, Series, Study
 from axrepro.study.sweep import Cell, read, slug
 
-Pair = tuple[np.ndarray, np.ndarray]  # numerators and denominators, [seeds, documents or questions]
+Pair = tuple[np.ndarray, np.ndarray]  # numerators and denominators, [seeds, documents]
 _FLAT = 0.1  # what "stays" allows
 
 
@@ -67,12 +67,11 @@ class Plan:
 
 def scores(cells: Sequence[Mapping[str, Any]]) -> dict[str, Pair]:
     """What each score is the ratio of, of runs that differ in their seed."""
-    documents = lambda name: np.array([cell["documents"][name] for cell in cells], np.float64)
-    answers = np.array([cell["answers"] for cell in cells], np.float64)
+    documents = lambda name, of="documents": np.array([cell[of][name] for cell in cells], np.float64)
     return {
         "bits_per_byte": (documents("bits"), documents("bytes")),
         "accuracy": (documents("correct"), documents("tokens")),
-        "choice": (answers, np.ones_like(answers)),
+        "choice": (documents("correct", "choice"), documents("asked", "choice")),
     }
 
 
@@ -282,7 +281,7 @@ def _data(plan: Plan, folder: epath.Path) -> tuple[str, list[str]]:
     cells = [cell for cell in (read(cell, folder) for cell in plan.cells()) if cell is not None]
     described = {
         f"{cell['data']}; held out {len(cell['documents']['bytes'])} documents of {sum(cell['documents']['bytes']):,} "
-        f"bytes, which give {len(cell['answers'])} questions": None
+        f"bytes, which give {sum(cell['choice']['asked'])} questions": None
         for cell in cells
     }
     names = sorted({name for cell in cells for name in cell["given_away"]})

@@ -198,7 +198,10 @@ def _run_cell(
                 "names": list(documents.names),
                 **{name: getattr(documents, name).tolist() for name in ("bytes", "bits", "tokens", "correct")},
             },
-            "answers": np.asarray(answers).astype(int).tolist(),
+            "choice": {  # by document: questions about one are not independent of each other
+                "asked": np.bincount(questions.document, minlength=len(documents.names)).tolist(),
+                "correct": np.bincount(questions.document, answers, len(documents.names)).tolist(),
+            },
             **_history(read_metrics(workdir.local / "metrics.jsonl")),
         }
         write_json(path / "cell.json", record)

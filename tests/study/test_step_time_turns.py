@@ -6,7 +6,7 @@ import pytest
 
 from axrepro.core.config import override
 from axrepro.study.step_time import in_turns, measure
-from experiments.moe_dense import dense_50k, moe_50k
+from experiments.moe_dense import dense_28k, moe_28k
 
 SMALL = {"data.sequence_length": "32", "data.source.source.holdout": "1500", "method.model.dim": "16"}
 
@@ -33,7 +33,7 @@ def test_drift_of_the_machine_cancels_where_blocks_would_blame_one_arm():
 
 def test_a_measurement_has_all_rounds_of_all_arms_and_their_parts():
     told = []
-    experiments = {"dense": override(dense_50k(), SMALL), "moe": override(moe_50k(), SMALL)}
+    experiments = {"dense": override(dense_28k(), SMALL), "moe": override(moe_28k(), SMALL)}
     found = measure(experiments, rounds=3, steps=1, tell=told.append)
     assert set(found) == {"dense", "moe"}
     for measured in found.values():
