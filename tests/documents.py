@@ -46,7 +46,8 @@ def steps(page: Path) -> list[Step]:
 
 
 def _works(command: str) -> bool:
-    return "--experiment=" in command and "--mode=describe" not in command
+    study = "-m axrepro.study" in command and "--list" not in command
+    return study or ("--experiment=" in command and "--mode=describe" not in command)
 
 
 def environment() -> dict[str, str]:

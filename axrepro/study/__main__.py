@@ -171,9 +171,9 @@ def _train(name: str, study, changes: dict[str, str], folder, args: argparse.Nam
 
     from axrepro import launch
     from axrepro.study import sweep
-    from axrepro.study.compare import Plan
     from axrepro.study.files import locked
     from axrepro.study.measured import measure_all
+    from axrepro.study.plan import Plan
     from axrepro.train.processes import on_first
 
     hardware = launch.attached_hardware()
@@ -232,8 +232,10 @@ def _report(name: str, study, changes: dict[str, str], folder, notes: list[str] 
         if "://" in str(folder):
             with tempfile.TemporaryDirectory() as scratch:
                 write(results, Path(scratch))
-                for path in Path(scratch).iterdir():
-                    (folder / path.name).write_bytes(path.read_bytes())
+                for path in (p for p in Path(scratch).rglob("*") if p.is_file()):
+                    target = folder / path.relative_to(scratch).as_posix()
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(path.read_bytes())
         else:
             write(results, Path(folder))
         print(f"the report is {folder}/study.md", flush=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from axrepro.study.bootstrap import Estimate, median_ratio
-from axrepro.study.results import SCORES, Facts, Predicted, Results, Row
+from axrepro.study.results import SCORES, Facts, Results, Row
 from axrepro.study.study import Arm
 from axrepro.study.wording import (
     MEASURE_WORDS,
@@ -254,7 +254,7 @@ def _forecast_breakdown(results: Results):
     """
     found: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     slices = dict.fromkeys(one.slice for one in results.predicted)
-    for one in ladder(results.predicted):
+    for one in (one for one in results.predicted if one.rung):
         parts: dict[str, float] = defaultdict(float)
         for part, seconds in one.parts.items():
             parts[part.split(" over ")[0]] += seconds
@@ -282,19 +282,6 @@ def _breakdown(panels: Sequence[Sequence[tuple[str, Sequence[tuple[str, Mapping[
             axes.axis("off")
     _legend(figure, grid.flat)
     return figure
-
-
-def ladder(predicted: Iterable[Predicted]) -> list[Predicted]:
-    """The forecasts of rungs. These come first and have dense models of their own; series vary a number, or compare
-    with the dense model of a rung.
-    """
-    predicted = list(predicted)
-    owner: dict[tuple, str] = {}
-    for one in predicted:
-        if one.dense:
-            owner.setdefault(same(one.arm), one.where)
-    rungs = set(owner.values()) - {one.where for one in predicted if one.arm.x is not None}
-    return [one for one in predicted if one.where in rungs]
 
 
 def same(arm: Arm) -> tuple:

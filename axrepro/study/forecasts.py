@@ -45,7 +45,7 @@ def forecast_all(
     done = {line["config"]: line for line in known.values() if "error" not in line}
     _cut_half_a_line(path)
     arms = {
-        _name(arm, changes): arm for _, dense, arms in _groups(outlook) for arm in (dense, *arms) if arm is not None
+        _name(arm, changes): arm for _, _, dense, arms in _groups(outlook) for arm in (dense, *arms) if arm is not None
     }
     with path.open("a") as file:
         for number, (name, arm) in enumerate(arms.items(), start=1):
@@ -76,12 +76,12 @@ def read(folder: Path, study: Study, changes: Mapping[str, str]) -> tuple[Predic
     found = []
     for path in sorted((folder / "forecasts").glob("*.jsonl")):
         known = _known(path)
-        for where, dense, arms in _groups(study.outlook):
+        for where, rung, dense, arms in _groups(study.outlook):
             base = known.get(_name(dense, changes)) if dense is not None else None
             by_label: dict[tuple[str, bool], list[Predicted]] = defaultdict(list)
             for arm, is_dense in [(dense, True)] * (dense is not None) + [(arm, False) for arm in arms]:
                 if (line := known.get(_name(arm, changes))) is not None:
-                    one = _predicted(path.stem, where, arm, is_dense, line, base, study.tokens_per_parameter)
+                    one = _predicted(path.stem, where, rung, arm, is_dense, line, base, study.tokens_per_parameter)
                     by_label[arm.label, is_dense].append(one)
             found += [
                 min(same, key=lambda one: (not one.fits, bool(one.error), one.seconds)) for same in by_label.values()
@@ -89,12 +89,12 @@ def read(folder: Path, study: Study, changes: Mapping[str, str]) -> tuple[Predic
     return tuple(found)
 
 
-def _groups(outlook: Outlook) -> Iterator[tuple[str, Arm | None, tuple[Arm, ...]]]:
-    """(name, dense arm, the others) of all rungs and series."""
+def _groups(outlook: Outlook) -> Iterator[tuple[str, bool, Arm | None, tuple[Arm, ...]]]:
+    """(name, whether it is a rung, dense arm, the others) of all rungs and series."""
     for rung in outlook.ladder:
-        yield rung.name, rung.dense, rung.sparse
+        yield rung.name, True, rung.dense, rung.sparse
     for series in outlook.series:
-        yield series.name, series.dense, series.arms
+        yield series.name, False, series.dense, series.arms
 
 
 def _name(arm: Arm, changes: Mapping[str, str]) -> _Name:
@@ -132,7 +132,14 @@ def _reason(error: Exception) -> str:
 
 
 def _predicted(
-    topology: str, where: str, arm: Arm, dense: bool, line: Mapping, base: Mapping | None, tokens_per_parameter: float
+    topology: str,
+    where: str,
+    rung: bool,
+    arm: Arm,
+    dense: bool,
+    line: Mapping,
+    base: Mapping | None,
+    tokens_per_parameter: float,
 ) -> Predicted:
     names = ("seconds", "parts", "mfu", "flops", "tokens", "total", "active", "outside", "memory", "capacity", "mesh")
     figures = {name: line.get(name, {} if name in ("parts", "mesh") else 0) for name in names}
@@ -145,6 +152,7 @@ def _predicted(
     return Predicted(
         slice=topology,
         where=where,
+        rung=rung,
         arm=arm,
         dense=dense,
         fits="error" not in line and line["memory"] <= line["capacity"],

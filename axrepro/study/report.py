@@ -30,30 +30,33 @@ from axrepro.study.wording import (
 )
 from axrepro.train.describe import readable
 
+FOLDER = "study"  # of figures and tables
 _BLAMED = 3  # parts that are named for a difference of step time
 _ALONG = "What a step of each arm takes over that of the dense model that its series is compared with."
 
 
 def write(results: Results, folder: Path) -> None:
-    """Writes study.md, its figures and its tables into the folder, and removes those of an earlier report that have
-    become empty. If something fails before all are on disk, the earlier report stays as it is.
+    """Writes study.md, and its figures and tables into study/ beside it; those of an earlier report that have become
+    empty are removed. If something fails before all are on disk, the earlier report stays as it is.
     """
     pictures = figures.draw(results)
     tables = {name: _csv(rows) for name, rows in _tables(results).items()}
     files = {**pictures, **{name: found for name, found in tables.items() if found}}
-    files["study.md"] = page(results, files).encode()
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = {name: folder / f"{name}.new" for name in files}
+    text = page(results, files).encode()
+    beside = folder / FOLDER
+    beside.mkdir(parents=True, exist_ok=True)
+    contents = {**{beside / name: content for name, content in files.items()}, folder / "study.md": text}
+    scratch = {path: path.with_name(f"{path.name}.new") for path in contents}
     try:
-        for name, content in files.items():
-            scratch[name].write_bytes(content)
-        for name in files:
-            os.replace(scratch[name], folder / name)
+        for path, content in contents.items():
+            scratch[path].write_bytes(content)
+        for path, new in scratch.items():
+            os.replace(new, path)
     finally:
         for path in scratch.values():
             path.unlink(missing_ok=True)
     for name in (figures.FIGURES.keys() | tables.keys()) - files.keys():
-        (folder / name).unlink(missing_ok=True)
+        (beside / name).unlink(missing_ok=True)
 
 
 def page(results: Results, files: Iterable[str]) -> str:
@@ -80,9 +83,11 @@ def page(results: Results, files: Iterable[str]) -> str:
         lines.append(f"## {title}")
         for name, (section, caption) in _CAPTIONS.items():
             if section == title and name in files:
-                lines += [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})", caption]
+                lines += [f"![{name.removesuffix('.png').replace('_', ' ')}]({FOLDER}/{name})", caption]
         lines += blocks
-        named_here = [f"[{name}]({name})" for name, section in _TABLE_OF.items() if section == title and name in files]
+        named_here = [
+            f"[{name}]({FOLDER}/{name})" for name, section in _TABLE_OF.items() if section == title and name in files
+        ]
         if named_here:
             lines.append(f"The numbers: {', '.join(named_here)}.")
     return "\n\n".join(lines) + "\n"
@@ -245,8 +250,8 @@ def _change(seconds: float) -> str:
 def _intervals(results: Results) -> str:
     seeds = {len(row.seeds) for row in results.rows if row.seeds}
     text = (
-        "How intervals were made: they are of 95 %. Those of scores and gains are bootstraps over seeds and documents "
-        "(over questions for the choice among four), with sparse and dense runs paired; those of step times are of "
+        "How intervals were made: they are of 95 %. Those of scores and gains are bootstraps over seeds and "
+        "documents, with sparse and dense runs paired; those of step times are of "
         "medians over rounds of measurement; those of routers in the ablations are Student's over seeds."
     )
     if seeds and max(seeds) == 1:
@@ -418,15 +423,14 @@ def _found_change(finding: Finding) -> str:
 
 def _forecasts(results: Results) -> list[str]:
     blocks = []
-    ladder = figures.ladder(results.predicted)
     for name in dict.fromkeys(one.slice for one in results.predicted):
         blocks.append(f"### {name}")
         here = [one for one in results.predicted if one.slice == name]
-        rungs = [one for one in here if one in ladder]
+        rungs = [one for one in here if one.rung]
         if rungs:
             blocks += ["#### ladder", _forecast_table(rungs, "rung")]
-        for series in dict.fromkeys(one.where for one in here if one not in ladder):
-            blocks += [f"#### {series}", _forecast_table([one for one in here if one.where == series])]
+        for series in dict.fromkeys(one.where for one in here if not one.rung):
+            blocks += [f"#### {series}", _forecast_table([one for one in here if one.where == series and not one.rung])]
     return blocks
 
 

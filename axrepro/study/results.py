@@ -43,7 +43,7 @@ class Row:
     Attributes:
       increase: of the step time over the dense model's: 0.2 is 20 % more; None for the dense one.
       steps, tokens, flops, hours: of the whole training; hours at the measured step time.
-      scores: means, by name in `SCORES`, with intervals over seeds and documents (or questions).
+      scores: means, by name in `SCORES`, with intervals over seeds and documents.
       gain: score less that of the dense model of the same rung, paired; {} for the dense one.
       same_step_time: score less that of the dense models read at this step time, between two of them on a logarithmic
         axis; {} outside of their range and for the dense ones.
@@ -99,7 +99,8 @@ class Predicted:
     """A forecast of an arm on a slice.
 
     Attributes:
-      where: name of the rung or of the series.   dense: whether it is what others are compared with.
+      where: name of the rung or of the series.   rung: which of the two.
+      dense: whether it is what others are compared with.
       seconds: of a step.   parts: of it, seconds by what the time goes to.   mfu: with attention as masked.
       flops: model FLOPs of a step.   tokens: of a step.   total, active, outside: parameters, as in `Facts`.
       memory, capacity: bytes on a device.   fits: whether the first is no more than the second.
@@ -110,6 +111,7 @@ class Predicted:
 
     slice: str
     where: str
+    rung: bool
     arm: Arm
     dense: bool
     seconds: float

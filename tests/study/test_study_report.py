@@ -147,6 +147,7 @@ def forecast(where: str, name: str, arm: Arm, seconds: float, increase: float | 
     return Predicted(
         slice=name,
         where=where,
+        rung=where.endswith("B"),
         arm=arm,
         dense=increase is None,
         seconds=seconds * size,
@@ -219,9 +220,10 @@ def bare(tmp_path_factory) -> tuple[Results, Path]:
     unknown = {score: Estimate(one.scores[score].value, -math.inf, math.inf) for score in SCORES}
     found = Results(study="bare", conditions={}, rows=(replace(one, scores=unknown, missing=(1, 2)),))
     folder = tmp_path_factory.mktemp("bare")
-    (folder / "forecasts.csv").write_text("of an older report")
-    (folder / "expert_load.png").write_text("of an older report")
-    (folder / "notes.txt").write_text("not ours")
+    (folder / "study").mkdir()
+    (folder / "study/forecasts.csv").write_text("of an older report")
+    (folder / "study/expert_load.png").write_text("of an older report")
+    (folder / "study/notes.txt").write_text("not ours")
     with warnings.catch_warnings(action="error"):
         report.write(found, folder)
     return found, folder
@@ -258,7 +260,7 @@ def says(cell: str, estimate: Estimate | None, form: Form) -> None:
 
 
 def lines(folder: Path, name: str) -> list[dict[str, str]]:
-    with (folder / name).open(newline="") as file:
+    with (folder / "study" / name).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -401,17 +403,17 @@ def test_every_file_is_named_and_every_named_file_is_there(written, bare):
     for _, folder in (written, bare):
         text = (folder / "study.md").read_text()
         shown = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
-        assert sorted(shown) == sorted(path.name for path in folder.glob("*.png"))
+        assert sorted(shown) == sorted(f"study/{path.name}" for path in folder.glob("study/*.png"))
         linked = re.findall(r"(?<!!)\[[^]]*\]\(([^)]*)\)", text)
-        assert sorted(linked) == sorted(path.name for path in folder.glob("*.csv"))
-        assert not list(folder.glob("*.new"))
-    assert {path.name for path in written[1].glob("*.png")} == figures.FIGURES.keys()
+        assert sorted(linked) == sorted(f"study/{path.name}" for path in folder.glob("study/*.csv"))
+        assert not list(folder.rglob("*.new"))
+    assert {path.name for path in written[1].glob("study/*.png")} == figures.FIGURES.keys()
 
 
 def test_figures_are_small_pictures_with_something_on_them(written, bare):
     from PIL import Image
 
-    for path in (*written[1].glob("*.png"), *bare[1].glob("*.png")):
+    for path in (*written[1].glob("study/*.png"), *bare[1].glob("study/*.png")):
         assert path.stat().st_size < 120_000, path
         pixels = np.asarray(Image.open(path).convert("L"))
         assert 150 < pixels.shape[0] < 1200, path
@@ -525,7 +527,8 @@ def test_a_bare_report_draws_what_it_has_and_takes_away_what_is_no_longer_so(bar
     _, folder = bare
     drawn = {"speed_accuracy.png", "loss_wall_clock.png", "step_time_breakdown.png"}
     tables = {"ladder.csv", "curves.csv", "step_times.csv"}
-    assert {path.name for path in folder.iterdir()} == {"study.md", "notes.txt", *drawn, *tables}
+    assert {path.name for path in folder.iterdir()} == {"study.md", "study"}
+    assert {path.name for path in (folder / "study").iterdir()} == {"notes.txt", *drawn, *tables}
     text = (folder / "study.md").read_text()
     assert "| 2.4000 (interval unknown) | 42.00 % (interval unknown) | 50.00 % (interval unknown) |" in text
     assert "- dense at xs, equal tokens: seeds 1, 2 are missing\n" in text
@@ -536,7 +539,8 @@ def test_a_report_that_fails_leaves_the_old_one_whole(bare, tmp_path, monkeypatc
     found, folder = bare
     old = tmp_path / "old"
     shutil.copytree(folder, old)
-    before = {path.name: path.read_bytes() for path in old.iterdir()}
+    held = lambda: {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    before = held()
 
     def no_space(path, content):
         if path.name.startswith("study.md"):
@@ -552,18 +556,13 @@ def test_a_report_that_fails_leaves_the_old_one_whole(bare, tmp_path, monkeypatc
         monkeypatch.setattr(Path, "write_bytes", no_space)
     with pytest.raises((OSError, ValueError), match=r"no space left|cannot be drawn"):
         report.write(replace(found, study="another", rows=()), old)
-    assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+    assert held() == before
 
 
 def test_labels_tell_the_rung_once():
     rungs = {"50k": "MoE 50k, 8 experts", "s": "8 experts", "6.4B": "dense 6.4B"}
     assert [without(*pair) for pair in rungs.items()] == ["MoE, 8 experts", "8 experts", "dense"]
     assert [placed(*pair) for pair in rungs.items()] == ["MoE 50k, 8 experts", "8 experts at s", "dense 6.4B"]
-
-
-def test_rungs_are_told_from_series_without_numbers():
-    found = [one.where for one in figures.ladder(results().predicted) if one.slice == SLICES[0]]
-    assert found == ["6.4B", "6.4B", "12.6B", "12.6B", "29.6B", "29.6B"]
 
 
 def test_times_and_counts_are_written_in_a_unit_that_suits_them():

@@ -16,9 +16,10 @@ from etils import epath
 from axrepro import launch, registry
 from axrepro.errors import UserError
 from axrepro.study import sweep
-from axrepro.study.compare import Plan, assemble
+from axrepro.study.compare import assemble
 from axrepro.study.files import locked, read_json
 from axrepro.study.measured import measure_all
+from axrepro.study.plan import Plan
 from axrepro.study.study import Arm
 from axrepro.study.sweep import Cell, read
 

@@ -1,0 +1,51 @@
+"""Which runs a study consists of."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from axrepro.study.budget import arm_steps, dense_steps
+from axrepro.study.measured import cost
+from axrepro.study.results import Facts
+from axrepro.study.study import Arm, Rule, Rung, Study
+from axrepro.study.sweep import Cell, slug
+
+
+class Plan:
+    """The cells of a study: which steps each arm takes under each rule.
+
+    Attributes:
+      facts: by slug.   changes: of all experiments.
+    """
+
+    def __init__(self, study: Study, facts: Mapping[str, Facts], changes: Mapping[str, str]):
+        self._study, self.facts, self.changes = study, facts, changes
+
+    def of(self, arm: Arm) -> Facts:
+        """The facts of an arm."""
+        return self.facts[slug(arm, self.changes)]
+
+    def steps(self, rung: Rung, arm: Arm, rule: Rule) -> int:
+        """Of an arm of a rung under a rule."""
+        study, dense = self._study, self.of(rung.dense)
+        base = dense_steps(cost(dense), dense.outside, study.tokens_per_parameter, study.hours)
+        return base if arm == rung.dense else arm_steps(rule, cost(self.of(arm)), cost(dense), base)
+
+    def cell(self, arm: Arm, steps: int, seed: int) -> Cell:
+        """A run."""
+        return Cell(arm, steps, seed, self.changes)
+
+    def cells(self) -> Iterator[Cell]:
+        """All runs, seed by seed, so that what is there of a stopped sweep compares; the ladder comes first."""
+        study = self._study
+        for seed in study.seeds:
+            for rung in study.ladder:
+                for arm in rung.arms:
+                    for rule in study.rules:
+                        yield self.cell(arm, self.steps(rung, arm, rule), seed)
+        for seed in study.seeds:
+            for series in study.ablations:
+                for arm in series.arms:
+                    yield self.cell(arm, study.ablation_steps, seed)
+
+    def seconds(self, cells: Sequence[Cell]) -> float:
+        """Of the training of these cells, at the measured step times."""
+        return sum(self.of(cell.arm).seconds.value * cell.steps for cell in {c.key: c for c in cells}.values())
