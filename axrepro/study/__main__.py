@@ -160,6 +160,8 @@ def run(argv: list[str]) -> int:
     study = _chosen(override(registry.load(entry), of_study), args)
     folder = _folder(entry.name, args)
     if args.report:
+        if not any((folder / file).exists() for file in ("step_times.json", "forecasts")):
+            raise UserError(f"{folder} holds no study; give the --workdir of one, or leave out --report to run it")
         return _report(entry.name, study, of_experiments, folder)
     if args.topology:
         return _forecast(entry.name, study, of_experiments, folder, args.topology.split(","))

@@ -13,10 +13,11 @@ from functools import partial
 from typing import TypeVar
 
 import jax
+import numpy as np
 
 from axrepro.study.breakdown import profiled_parts
 from axrepro.train.experiment import Experiment
-from axrepro.train.loop import build_program, compile_step, first_state
+from axrepro.train.loop import build_program, compile_step
 
 T = TypeVar("T")
 WARM_UP = 2  # steps of each turn that do not count
@@ -45,10 +46,11 @@ class _Turns:
         self._batch = next(batches)
         batches.close()
         self._step = compile_step(self._program, self._batch)
+        self._init = jax.jit(self._program.init, out_shardings=self._program.shardings)
 
     def take(self, steps: int) -> float:
         """Seconds per step of so many, after some that do not count."""
-        state = first_state(self._program)
+        state = self._init(np.uint32(0))
         for _ in range(WARM_UP):
             state, _ = self._step(state, self._batch)
         jax.block_until_ready(state)
@@ -61,7 +63,7 @@ class _Turns:
     def parts(self, seconds: float) -> Mapping[str, float]:
         """What a step of so many seconds goes to."""
         text = self._step.as_text() or ""
-        return profiled_parts(self._step, first_state(self._program), self._batch, text, seconds)[1]
+        return profiled_parts(self._step, self._init(np.uint32(0)), self._batch, text, seconds)[1]
 
     def memory(self) -> int | None:
         """Arguments and temporaries; outputs take the place of arguments."""

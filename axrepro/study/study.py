@@ -123,7 +123,9 @@ class Study:
         require_sizes(self, "ablation_steps", "questions", "rounds", "round_steps")
         require_positive(self, "tokens_per_parameter", "hours")
         require(self, "rules", bool(self.rules) and set(self.rules) <= set(RULES), f"some of {', '.join(RULES)}")
-        require(self, "seeds", bool(self.seeds) and len(set(self.seeds)) == len(self.seeds), "different numbers")
+        seeds = set(self.seeds)
+        fits = bool(seeds) and len(seeds) == len(self.seeds) and all(0 <= seed < 2**32 for seed in seeds)
+        require(self, "seeds", fits, "different numbers from 0 to 4294967295")
         names = [rung.name for rung in self.ladder]
         if len(set(names)) < len(names):
             raise UserError(f"the ladder has two rungs of one name: {', '.join(names)}")
