@@ -7,6 +7,7 @@ it, and the others take the next (in a bucket there are no locks).
 """
 
 import contextlib
+import json
 import re
 import shlex
 import statistics
@@ -21,6 +22,7 @@ import numpy as np
 from etils import epath
 
 from axrepro import registry
+from axrepro.core.config import differences, to_json
 from axrepro.errors import UserError
 from axrepro.launch import configured
 from axrepro.study.files import BusyError, locked, read_json, write_json
@@ -136,7 +138,7 @@ def run(
         with contextlib.ExitStack() as held:
             if not from_first(lambda: _mine(path, held)):
                 return False
-            if from_first(lambda: (path / "cell.json").exists()):
+            if from_first(lambda: _finished(path, experiment)):
                 return True
             tell(f"cell {number} of {len(numbered)}: {cell.arm.label}, {cell.steps} steps, seed {cell.seed}")
             if experiment.data not in asked:
@@ -158,6 +160,19 @@ def run(
             time.sleep(_WAIT)
         open_ = taken
     return failed
+
+
+def _finished(path: epath.Path, experiment: Experiment) -> bool:
+    """Whether a cell is. Raises UserError if it was trained with other settings than it would be now."""
+    if not (path / "cell.json").exists():
+        return False
+    record = read_json(path / "config.json") or {}
+    if changed := differences(record.get("config", {}), json.loads(to_json(experiment))):
+        raise UserError(
+            f"{path} was trained with other settings ({'; '.join(changed[:4])}): undo the change, remove the folder, or "
+            "choose another --workdir"
+        )
+    return True
 
 
 def _mine(path: epath.Path, held: contextlib.ExitStack) -> bool:

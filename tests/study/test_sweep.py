@@ -62,6 +62,19 @@ def test_every_cell_is_trained_once_though_rules_share_some(finished):
     assert {path: path.stat().mtime for path in folder.glob("cells/*/*/*")} == before
 
 
+def test_a_cell_that_was_trained_with_other_settings_is_no_result_of_this_study(finished):
+    folder, plan, told = finished
+    cell = next(plan.cells())
+    path = folder / cell.folder / "config.json"
+    text = path.read_text()
+    try:
+        path.write_text(text.replace('"peak": 0.005', '"peak": 0.007'))
+        with pytest.raises(UserError, match=r"was trained with other settings \(optimizer.learning_rate.peak"):
+            sweep.run([cell], folder, HARDWARE, STUDY.questions, told.append)
+    finally:
+        path.write_text(text)
+
+
 def test_step_times_are_measured_once_so_that_budgets_stay(finished):
     folder, plan, _ = finished
     told = []
