@@ -169,7 +169,7 @@ def _finished(path: epath.Path, experiment: Experiment) -> bool:
     record = read_json(path / "config.json") or {}
     if changed := differences(record.get("config", {}), json.loads(to_json(experiment))):
         raise UserError(
-            f"{path} was trained with other settings ({'; '.join(changed[:4])}): undo the change, remove the folder, or "
+            f"{path} was trained with other settings ({'; '.join(changed[:4])}): undo the change, remove it, or "
             "choose another --workdir"
         )
     return True
