@@ -173,29 +173,39 @@ def _train(name: str, study, changes: dict[str, str], folder, args: argparse.Nam
 
     from axrepro import launch
     from axrepro.study import sweep
-    from axrepro.study.files import locked
+    from axrepro.study.files import BusyError, locked
     from axrepro.study.measured import measure_all
     from axrepro.study.plan import Plan
     from axrepro.train.processes import on_first
 
     hardware = launch.attached_hardware()
-    with locked(folder) if jax.process_index() == 0 else contextlib.nullcontext():
+    alone = lambda: locked(folder) if jax.process_index() == 0 else contextlib.nullcontext()
+    with alone():
         facts = measure_all(study, changes, folder, hardware, _say)
+        if not args.plan:
+            on_first(lambda: _record(folder, name, study, changes, argv))
     plan = Plan(study, facts, changes)
     cells = list({cell.key: cell for cell in plan.cells()}.values())
     open_ = [cell for cell in cells if not (folder / cell.folder / "cell.json").exists()]
     _say(_planned(plan, cells, len(open_), plan.seconds(open_)))
     if args.plan:
         return 0
-    on_first(lambda: _record(folder, name, study, changes, argv))
     try:
         failed = sweep.run(cells, folder, hardware, study.questions, _say)
     except sweep.StoppedError:
         _say("stopped; the same command goes on")
         return 0
-    notes = [f"{cell.arm.label}, {cell.steps} steps, seed {cell.seed}: {failed[cell.key]}"
-             for cell in cells if cell.key in failed]  # fmt: skip
-    return _report(name, study, changes, folder, notes)
+    notes = [
+        f"{cell.arm.label}, {cell.steps} steps, seed {cell.seed}: {failed[cell.key]}"
+        for cell in cells
+        if cell.key in failed
+    ]
+    try:
+        with alone():
+            return _report(name, study, changes, folder, notes)
+    except BusyError:
+        _say("another process writes the report")
+        return 0
 
 
 def _planned(plan, cells, open_: int, seconds: float) -> str:
