@@ -179,8 +179,8 @@ def _train(name: str, study, changes: dict[str, str], folder, args: argparse.Nam
     from axrepro.train.processes import on_first
 
     hardware = launch.attached_hardware()
-    alone = lambda: locked(folder) if jax.process_index() == 0 else contextlib.nullcontext()
-    with alone():
+    with contextlib.ExitStack() as held:
+        on_first(lambda: held.enter_context(locked(folder)))
         facts = measure_all(study, changes, folder, hardware, _say)
         if not args.plan:
             on_first(lambda: _record(folder, name, study, changes, argv))
@@ -200,12 +200,13 @@ def _train(name: str, study, changes: dict[str, str], folder, args: argparse.Nam
         for cell in cells
         if cell.key in failed
     ]
-    try:
-        with alone():
-            return _report(name, study, changes, folder, notes)
-    except BusyError:
-        _say("another process writes the report")
-        return 0
+    if jax.process_index() == 0:
+        try:
+            with locked(folder):
+                _report(name, study, changes, folder, notes)
+        except BusyError:
+            print("another process writes the report", flush=True)
+    return 0
 
 
 def _planned(plan, cells, open_: int, seconds: float) -> str:
@@ -226,6 +227,8 @@ def _forecast(name: str, study, changes: dict[str, str], folder, topologies: lis
     from axrepro.study.files import locked
     from axrepro.study.forecasts import forecast_all
 
+    if "://" in str(folder):
+        raise UserError(f"--topology writes to a folder of this machine, not to {folder}; give another --workdir")
     with locked(folder):
         for topology in topologies:
             forecast_all(study.outlook, changes, topology, Path(folder), _say)
@@ -234,23 +237,20 @@ def _forecast(name: str, study, changes: dict[str, str], folder, topologies: lis
 
 def _report(name: str, study, changes: dict[str, str], folder, notes: list[str] | None = None) -> int:
     """Writes it; in a bucket, through a folder of this machine."""
-    import jax
-
     from axrepro.study.compare import assemble
     from axrepro.study.report import write
 
-    if jax.process_index() == 0:
-        results = assemble(name, study, changes, folder, notes or [])
-        if "://" in str(folder):
-            with tempfile.TemporaryDirectory() as scratch:
-                write(results, Path(scratch))
-                for path in (p for p in Path(scratch).rglob("*") if p.is_file()):
-                    target = folder / path.relative_to(scratch).as_posix()
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(path.read_bytes())
-        else:
-            write(results, Path(folder))
-        print(f"the report is {folder}/study.md", flush=True)
+    results = assemble(name, study, changes, folder, notes or [])
+    if "://" in str(folder):
+        with tempfile.TemporaryDirectory() as scratch:
+            write(results, Path(scratch))
+            for path in (p for p in Path(scratch).rglob("*") if p.is_file()):
+                target = folder / path.relative_to(scratch).as_posix()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+    else:
+        write(results, Path(folder))
+    print(f"the report is {folder}/study.md", flush=True)
     return 0
 
 

@@ -159,7 +159,9 @@ def findings(study: Study, plan: Plan, folder: epath.Path) -> tuple[Finding, ...
     return tuple(found)
 
 
-def _finding(plan: Plan, series: Series, expectation: Expectation, runs: list[list[Mapping[str, Any]]]) -> Finding:
+def _finding(
+    plan: Plan, series: Series, expectation: Expectation, runs: Sequence[Sequence[Mapping[str, Any]]]
+) -> Finding:
     relative = expectation.direction == "stays" or expectation.measure == "step_time"
     if expectation.measure == "step_time":
         facts = [plan.of(arm) for arm in series.arms]

@@ -8,6 +8,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from axrepro import registry
 from axrepro.aot.forecast import forecast
@@ -50,7 +51,7 @@ def forecast_all(
     with path.open("a") as file:
         for number, (name, arm) in enumerate(arms.items(), start=1):
             old = known.get(name, {})
-            line = {"experiment": name[0], "changes": [list(change) for change in name[1]]}
+            line: dict[str, Any] = {"experiment": name[0], "changes": [list(change) for change in name[1]]}
             try:
                 experiment = _configured(name, hardware)
                 line["config"] = config = hashlib.sha256(to_json(experiment).encode()).hexdigest()
@@ -79,7 +80,8 @@ def read(folder: Path, study: Study, changes: Mapping[str, str]) -> tuple[Predic
         for where, rung, dense, arms in _groups(study.outlook):
             base = known.get(_name(dense, changes)) if dense is not None else None
             by_label: dict[tuple[str, bool], list[Predicted]] = defaultdict(list)
-            for arm, is_dense in [(dense, True)] * (dense is not None) + [(arm, False) for arm in arms]:
+            both = [] if dense is None else [(dense, True)]
+            for arm, is_dense in (*both, *((arm, False) for arm in arms)):
                 if (line := known.get(_name(arm, changes))) is not None:
                     one = _predicted(path.stem, where, rung, arm, is_dense, line, base, study.tokens_per_parameter)
                     by_label[arm.label, is_dense].append(one)

@@ -286,7 +286,17 @@ def _ladder(results: Results) -> list[str]:
         ),
         "Their training, and their scores at the end. The dense model of a rung is the same under every rule.",
         _table(
-            ("rung", "arm", "at", "steps", "tokens", "time", "seeds", "dropped choices", *map(SCORE_WORDS.get, SCORES)),
+            (
+                "rung",
+                "arm",
+                "at",
+                "steps",
+                "tokens",
+                "time",
+                "seeds",
+                "dropped choices",
+                *(SCORE_WORDS[score] for score in SCORES),
+            ),
             (
                 (
                     row.rung,
@@ -310,7 +320,10 @@ def _ladder(results: Results) -> list[str]:
     ):
         found = [row for row in sparse if getattr(row, against)]
         if found:
-            blocks += [title, _table(("rung", "arm", "at", *map(SCORE_WORDS.get, SCORES)), _gains(found, against))]
+            blocks += [
+                title,
+                _table(("rung", "arm", "at", *(SCORE_WORDS[score] for score in SCORES)), _gains(found, against)),
+            ]
     return blocks
 
 
