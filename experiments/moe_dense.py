@@ -17,7 +17,7 @@ from axrepro.models.causal_lm import CausalLM, llama
 from axrepro.nn import MoE, RoPE, RouterLosses, TopK, every
 from axrepro.nn.moe import GATHER_REDUCE
 from axrepro.optim import AdamW, Cosine, mup_simple
-from axrepro.study.study import Arm, Direction, Expectation, Outlook, Rung, Series, Study
+from axrepro.study.study import Arm, Direction, Expectation, Measure, Outlook, Rung, Series, Study
 from axrepro.train.conversion import Upcycle
 from axrepro.train.experiment import Experiment
 from experiments._pretraining import mesh_rules, pretraining, small
@@ -311,8 +311,8 @@ def moe_vs_dense() -> Study:
         dense = Arm(label=f"dense {size}", experiment=f"dense_{size}")
         return Rung(name=size, dense=dense, sparse=(Arm(label=f"MoE {size}, 8 experts", experiment=f"moe_{size}"),))
 
-    def expected(**directions: Direction) -> tuple[Expectation, ...]:
-        return tuple(Expectation(measure=measure, direction=way) for measure, way in directions.items())
+    def expect(measure: Measure, direction: Direction) -> Expectation:
+        return Expectation(measure=measure, direction=direction)
 
     ladder = tuple(rung(size) for size in ("28k", "50k", "76k"))
     dense = ladder[0].dense
@@ -321,13 +321,13 @@ def moe_vs_dense() -> Study:
         Series(
             name="weight of the balance loss",
             arms=(_moe_28k("0", 0, router__losses__balance=0), replace(base, label="0.01", x=0.01)),
-            expected=expected(dropped="falls", busiest="falls"),
+            expected=(expect("dropped", "falls"), expect("busiest", "falls")),
         ),
         Series(
             name="capacity factor",
             dense=dense,
             arms=(*(_moe_28k(f"{c}", c, capacity_factor=c) for c in (1.0, 1.25)), replace(base, label="2.0", x=2)),
-            expected=expected(dropped="falls", step_time="rises"),
+            expected=(expect("dropped", "falls"), expect("step_time", "rises")),
         ),
         Series(
             name="blocks per mixture",
@@ -337,7 +337,7 @@ def moe_vs_dense() -> Study:
                 replace(base, label="2", x=2),
                 Arm(label="4", experiment="moe_28k_every4", x=4),
             ),
-            expected=expected(step_time="falls"),
+            expected=(expect("step_time", "falls"),),
         ),
         Series(
             name="experts",
@@ -347,12 +347,12 @@ def moe_vs_dense() -> Study:
                 replace(base, label="8", x=8),
                 _moe_28k("16", 16, num_experts=16),
             ),
-            expected=expected(bits_per_byte="falls", step_time="stays"),
+            expected=(expect("bits_per_byte", "falls"), expect("step_time", "stays")),
         ),
         Series(
             name="weight of the router z-loss",
             arms=(_moe_28k("0", 0, router__losses__z=0), replace(base, label="0.001", x=0.001)),
-            expected=expected(router_logits="falls"),
+            expected=(expect("router_logits", "falls"),),
         ),
     )
     return Study(ladder=ladder, ablations=ablations, ablation_steps=200, outlook=_outlook())

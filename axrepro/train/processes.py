@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import jax
 import numpy as np
@@ -46,7 +46,7 @@ def from_first(action: Callable[[], T]) -> T:
     """
     result = on_first(action)
     if jax.process_count() == 1:
-        return result
+        return cast(T, result)
     from jax.experimental import multihost_utils
 
     text = np.frombuffer(json.dumps(result).encode(), np.uint8)
