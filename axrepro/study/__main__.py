@@ -196,7 +196,7 @@ def _train(name: str, study, changes: dict[str, str], folder, args: argparse.Nam
         _say("stopped; the same command goes on")
         return 0
     notes = [
-        f"{cell.arm.label}, {cell.steps} steps, seed {cell.seed}: {failed[cell.key]}"
+        f"{cell.arm.name}, {cell.steps} steps, seed {cell.seed}: {failed[cell.key]}"
         for cell in cells
         if cell.key in failed
     ]
@@ -213,12 +213,14 @@ def _planned(plan, cells, open_: int, seconds: float) -> str:
     lines = [f"{'arm':32} {'ms a step':>10} {'steps':>8} {'tokens':>12} {'minutes':>8} {'seeds':>6}"]
     by_run = {}
     for cell in cells:
-        by_run.setdefault((cell.arm.label, cell.key[:3]), []).append(cell)
-    for (label, _), same in by_run.items():
+        by_run.setdefault(cell.key[:3], []).append(cell)
+    for same in by_run.values():
         facts, steps = plan.of(same[0].arm), same[0].steps
         step = facts.seconds.value
         tokens = steps * facts.tokens
-        lines.append(f"{label:32} {step * 1e3:10.2f} {steps:8,} {tokens:12,} {steps * step / 60:8.1f} {len(same):6}")
+        lines.append(
+            f"{same[0].arm.name:32} {step * 1e3:10.2f} {steps:8,} {tokens:12,} {steps * step / 60:8.1f} {len(same):6}"
+        )
     lines.append(f"{len(cells)} runs, of which {open_} are open: {seconds / 60:,.0f} minutes of training")
     return "\n".join(lines)
 

@@ -28,6 +28,11 @@ class Arm:
     changes: tuple[tuple[str, str], ...] = ()
     x: float | None = None
 
+    @property
+    def name(self) -> str:
+        """The experiment's, and what is changed."""
+        return ",".join([self.experiment, *(f"{path.split('.')[-1]}={value}" for path, value in self.changes)])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rung:

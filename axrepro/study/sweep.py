@@ -44,8 +44,7 @@ Hardware = tuple[str, int, int]
 
 def slug(arm: Arm, changes: Mapping[str, str]) -> str:
     """A name for files that tells arms and changes apart: the experiment's, and what was changed if anything was."""
-    parts = [re.sub(r"\W+", "_", arm.experiment)]
-    parts += [f"{path.split('.')[-1]}={value}" for path, value in arm.changes]
+    parts = [arm.name]
     everything = repr((sorted(arm.changes), sorted(changes.items())))
     if arm.changes or changes:
         parts.append(f"{zlib.crc32(everything.encode()):08x}")
@@ -140,7 +139,7 @@ def run(
                 return False
             if from_first(lambda: _finished(path, experiment)):
                 return True
-            tell(f"cell {number} of {len(numbered)}: {cell.arm.label}, {cell.steps} steps, seed {cell.seed}")
+            tell(f"cell {number} of {len(numbered)}: {cell.arm.name}, {cell.steps} steps, seed {cell.seed}")
             if experiment.data not in asked:
                 asked[experiment.data] = make_questions(experiment.data, questions), leaks(experiment.data)
             given_away = asked[experiment.data][1]
