@@ -9,6 +9,7 @@ at any instant, the same command goes on. `--topology=v5p-1024` adds forecasts f
 import argparse
 import contextlib
 import json
+import os
 import shlex
 import sys
 import tempfile
@@ -132,6 +133,7 @@ def _record(folder, name: str, study, changes: dict[str, str], argv: list[str]) 
         "command": shlex.join(["python", "-m", "axrepro.study", *argv]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "device": device(),
+        "cores": os.cpu_count(),
         "versions": versions(),
         "git_commit": git_commit(),
         "changes": changes,

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,16 +95,22 @@ def _row(study: Study, plan: Plan, finished: _Finished, rung: Rung, arm: Arm, ru
         same_step_time=same,
         seeds=tuple(cells),
         missing=tuple(seed for seed in study.seeds if seed not in cells),
-        commands=tuple(map(_command, cells.values())),
-        curves=tuple(tuple((hours(step), loss) for step, loss in cell["eval"]) for cell in cells.values()),
+        commands=_commands(plan, [(arm, steps, cells)]),
+        curves=tuple(tuple((hours(step), loss) for step, loss in cell["train"]) for cell in cells.values()),
         loads=_loads(cells.values()),
         dropped=None if is_dense else _routing(cells.values(), "dropped"),
     )
 
 
-def _command(cell: Mapping[str, Any]) -> str:
-    """What repeats a run, and what it will print at its end."""
-    return f"{cell['command']}  # eval/bits_per_byte {cell['scalars']['eval/bits_per_byte']:.4f}"
+def _commands(plan: Plan, runs: Iterable[tuple[Arm, int, Mapping[int, Mapping[str, Any]]]]) -> tuple[str, ...]:
+    """What repeats finished runs (arm, steps, cells by seed), each with what it prints at its end."""
+    found = {}
+    for arm, steps, cells in runs:
+        for seed, cell in cells.items():
+            run = plan.cell(arm, steps, seed)
+            command = run.command(f"runs/again/{run.folder.removeprefix('cells/')}")
+            found[f"{command}  # eval/bits_per_byte {cell['scalars']['eval/bits_per_byte']:.4f}"] = None
+    return tuple(found)
 
 
 def _at_same_step_time(study, plan, finished, rule, facts: Facts, cells: Mapping[int, Mapping]) -> dict[str, Estimate]:
@@ -155,12 +161,17 @@ def findings(study: Study, plan: Plan, folder: epath.Path) -> tuple[Finding, ...
         for expectation in series.expected:
             if seeds or expectation.measure == "step_time":
                 runs = [[one[seed] for seed in seeds] for one in cells]
-                found.append(_finding(plan, series, expectation, runs))
+                trained = [(arm, study.ablation_steps, one) for arm, one in zip(series.arms, cells, strict=True)]
+                found.append(_finding(plan, series, expectation, runs, _commands(plan, trained)))
     return tuple(found)
 
 
 def _finding(
-    plan: Plan, series: Series, expectation: Expectation, runs: Sequence[Sequence[Mapping[str, Any]]]
+    plan: Plan,
+    series: Series,
+    expectation: Expectation,
+    runs: Sequence[Sequence[Mapping[str, Any]]],
+    commands: tuple[str, ...],
 ) -> Finding:
     relative = expectation.direction == "stays" or expectation.measure == "step_time"
     if expectation.measure == "step_time":
@@ -185,6 +196,7 @@ def _finding(
         values=tuple(values),
         change=change,
         verdict=verdict(expectation.direction, change),
+        commands=commands,
     )
 
 
@@ -254,7 +266,7 @@ def _conditions(record: Mapping[str, Any], study: Study, changes: Mapping[str, s
     distinct = lambda values: "; then ".join(dict.fromkeys(values))
     found = {
         "command": distinct(start["command"] for start in starts),
-        "hardware": distinct(start["device"] for start in starts),
+        "hardware": distinct(f"{start['device']}, {start['cores']} cores" for start in starts),
         "versions": distinct(", ".join(f"{k} {v}" for k, v in start["versions"].items()) for start in starts),
         "commit": distinct(start["git_commit"] or "none" for start in starts),
     }

@@ -171,7 +171,7 @@ def _band(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[np.ndarray, 
 
 
 def _loss_wall_clock(results: Results):
-    """Held-out loss against hours."""
+    """Training loss against hours."""
     rows = [row for row in _runs(results.rows) if row.curves and all(row.curves)]
     rungs = list(dict.fromkeys(row.rung for row in rows))
     if not rungs:
@@ -193,7 +193,7 @@ def _loss_wall_clock(results: Results):
             shown.append((losses.min(), np.interp(0.15 * longest, hours, mean)))
         low, high = min(low for low, _ in shown), max(high for _, high in shown)
         axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
-        axes.set(xlabel=f"{unit.unit} at the measured step time", ylabel="held-out loss (nats)", title=rung)
+        axes.set(xlabel=f"{unit.unit} at the measured step time", ylabel="training loss of text (nats)", title=rung)
     _legend(figure, panels)
     return figure
 

@@ -97,7 +97,8 @@ _CAPTIONS = {
     "speed_accuracy.png": (
         "Ladder",
         "How to read: a mark of a mixture that lies on the better side of the line of dense models is better than a "
-        "dense model of its step time would be. The rows of panels differ in how long the mixtures were trained.",
+        "dense model of its step time would be; each model was trained by the budget of its own rung. The rows of "
+        "panels differ in how long the mixtures were trained.",
     ),
     "loss_wall_clock.png": (
         "Ladder",
@@ -482,6 +483,9 @@ def _commands(results: Results) -> list[str]:
     for row, rules in _with_rules(results.rows):
         if row.commands:
             lines += [f"# {_name(row)}: {', '.join(rules)}", *row.commands]
+    for series, commands in {finding.series.name: finding.commands for finding in results.findings}.items():
+        if new := [command for command in commands if command not in lines]:
+            lines += [f"# {series}", *new]
     return ["```\n" + "\n".join(lines) + "\n```"] if lines else []
 
 
@@ -514,7 +518,7 @@ def _not_run(results: Results) -> list[str]:
             (rows or results.facts) and not any(facts.parts for _, facts in _facts(results)),
             "profiles: the step times are not taken apart",
         ),
-        (rows and not any(all(row.curves) and row.curves for row in rows), "evaluations during training"),
+        (rows and not any(all(row.curves) and row.curves for row in rows), "losses during training"),
         (sparse and not any(row.loads for row in sparse), "the load of experts"),
         (not results.findings, "ablations"),
         (not results.predicted, "forecasts for slices"),

@@ -50,7 +50,7 @@ class Row:
       seeds: those that are finished.   missing: those that are not.
       by_seed: scores of each of `seeds`.
       commands: that repeat the run, by seed, each with what it prints at its end.
-      curves: of each seed, (hours at the measured step time, held-out loss in nats) at every evaluation.
+      curves: of each seed, (hours at the measured step time, training loss of the text in nats) along the run.
       loads: of each routed layer, mean share of choices by expert at the end (mean over seeds, sorted); () if dense.
       dropped: share of choices that were dropped at the end of training; None if dense.
     """
@@ -83,6 +83,7 @@ class Finding:
     Attributes:
       values: of the measure for each arm of the series, with intervals.
       change: last arm less first, paired by seed; of "step_time" and "stays" relative to the first.
+      commands: that repeat the runs, as in `Row`.
       verdict: "held", if the whole interval of the change lies on the expected side; "did not hold", if it lies on the
         other; else "open".
     """
@@ -92,6 +93,7 @@ class Finding:
     values: tuple[Estimate, ...]
     change: Estimate
     verdict: str
+    commands: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

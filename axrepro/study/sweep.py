@@ -8,6 +8,7 @@ it, and the others take the next (in a bucket there are no locks).
 
 import contextlib
 import json
+import math
 import re
 import shlex
 import statistics
@@ -37,6 +38,7 @@ from axrepro.train.workdir import Workdir
 from axrepro.train.writers import read_metrics
 
 _WAIT = 5.0  # seconds until cells that others hold are looked at again
+_POINTS = 30  # of a loss curve
 _END = 0.1  # of the logged steps whose routing counts as that of the end
 
 Hardware = tuple[str, int, int]
@@ -202,7 +204,6 @@ def _run_cell(
             "changes": dict(cell.arm.changes),
             "steps": cell.steps,
             "seed": cell.seed,
-            "command": cell.command("runs/again"),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "seconds": seconds,
             "resumed_from": outcome.resumed_from,
@@ -216,22 +217,28 @@ def _run_cell(
                 "asked": np.bincount(questions.document, minlength=len(documents.names)).tolist(),
                 "correct": np.bincount(questions.document, answers, len(documents.names)).tolist(),
             },
-            **_history(read_metrics(workdir.local / "metrics.jsonl")),
+            **history(read_metrics(workdir.local / "metrics.jsonl")),
         }
         write_json(path / "cell.json", record)
 
     on_first(write)
 
 
-def _history(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of a run's metrics: its held-out losses, step time, and what its routers did at the end."""
+def history(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of a run's metrics: the way of its loss, its step time, and what its routers did at the end.
+
+    "train" is the training loss of the text alone (those of routers are terms of "loss" too), means over parts of the
+    run at the end of each: no token is seen twice in less than an epoch, and all runs meet the same ones.
+    """
     logged = [line for line in lines if "step_time_s" in line]
     end = logged[-max(1, round(_END * len(logged))) :]
     names = sorted({name for line in end for name in line if name.split("/")[-1] in _ROUTING})
     loads = [line["histograms"] for line in lines if line.get("histograms")][-max(1, len(end)) :]
+    size = math.ceil(len(logged) / _POINTS)
+    parts = [logged[first : first + size] for first in range(0, len(logged), size)]
+    text = lambda line: line.get("loss/lm", line["loss"])
     return {
-        # of the text alone: the losses of routers are added to "eval/loss"
-        "eval": [[line["step"], line.get("eval/loss/lm", line["eval/loss"])] for line in lines if "eval/loss" in line],
+        "train": [[part[-1]["step"], statistics.fmean(map(text, part))] for part in parts],
         "scalars": {k: v for k, v in lines[-1].items() if k.startswith("eval/")},
         "step_time_s": statistics.median(line["step_time_s"] for line in logged),
         "routing": {name: statistics.fmean(line[name] for line in end if name in line) for name in names},

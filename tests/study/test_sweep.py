@@ -222,7 +222,7 @@ def test_a_sweep_that_is_killed_twice_ends_with_the_numbers_of_one_that_was_not(
     assert len(cells["whole"]) == 4
     assert cells["whole"].keys() == cells["killed"].keys()
     for path, cell in cells["whole"].items():
-        for name in ("documents", "choice", "eval"):
+        for name in ("documents", "choice", "train"):
             assert cell[name] == cells["killed"][path][name]
     assert any(cell["resumed_from"] for cell in cells["killed"].values())
     assert time.time() - (tmp_path / "killed/study.md").stat().st_mtime < 240
