@@ -12,7 +12,7 @@ from etils import epath
 from axrepro.study import bootstrap, forecasts
 from axrepro.study.bootstrap import Estimate
 from axrepro.study.files import read_json
-from axrepro.study.measured import read_facts
+from axrepro.study.measured import cost, read_facts, step_ratio
 from axrepro.study.plan import Plan
 from axrepro.study.results import SCORES, Facts, Finding, Results, Row
 from axrepro.study.step_time import WARM_UP
@@ -76,9 +76,9 @@ def _row(study: Study, plan: Plan, finished: _Finished, rung: Rung, arm: Arm, ru
         same = _at_same_step_time(study, plan, finished, rule, facts, cells)
     increase = None
     if not is_dense:
-        ratio = bootstrap.median_ratio(facts.rounds, dense_facts.rounds)
+        ratio = step_ratio(facts, dense_facts)
         increase = Estimate(ratio.value - 1, ratio.low - 1, ratio.high - 1)
-    hours = lambda step: step * facts.seconds.value / 3600
+    hours = lambda step: step * cost(facts, dense_facts).seconds / 3600
     return Row(
         rung=rung.name,
         facts=facts,
@@ -177,7 +177,7 @@ def _finding(
     if expectation.measure == "step_time":
         facts = [plan.of(arm) for arm in series.arms]
         values = [f.seconds for f in facts]
-        ratio = bootstrap.median_ratio(facts[-1].rounds, facts[0].rounds)
+        ratio = step_ratio(facts[-1], facts[0])
         change = Estimate(ratio.value - 1, ratio.low - 1, ratio.high - 1)
     elif expectation.measure == "bits_per_byte":
         pairs = [scores(cells)["bits_per_byte"] for cells in runs]

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from axrepro.study.bootstrap import Estimate, median_ratio
+from axrepro.study.bootstrap import Estimate
+from axrepro.study.measured import step_ratio
 from axrepro.study.results import SCORES, Facts, Results, Row
 from axrepro.study.study import Arm
 from axrepro.study.wording import (
@@ -298,7 +299,7 @@ def _increase_over_dense(results: Results):
         for arm in series.arms:
             found = facts.get(same(arm))
             if dense and found and arm.x is not None:
-                ratio = median_ratio(found.rounds, dense.rounds)
+                ratio = step_ratio(found, dense)
                 increase = Estimate(ratio.value - 1, ratio.low - 1, ratio.high - 1)
                 lines[series.name]["measured here"].append((arm.x, increase))
     for one in results.predicted:

@@ -1,6 +1,7 @@
 """Step times of a study's arms on this hardware, kept in `step_times.json` so that budgets do not change later."""
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -10,7 +11,7 @@ from etils import epath
 
 from axrepro.core.config import to_json
 from axrepro.errors import UserError
-from axrepro.study.bootstrap import median
+from axrepro.study.bootstrap import Estimate, median, median_ratio
 from axrepro.study.budget import Cost
 from axrepro.study.files import read_json, write_json
 from axrepro.study.results import Facts
@@ -61,8 +62,9 @@ def measure_all(
         if known["arms"].get(name, {}).get("config") != fingerprint(experiment)
     }
     if new:
+        session = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         for name, measured in measure(new, study.rounds, study.round_steps, tell).items():
-            found = _counted(arms[name], effect(new[name], *hardware))
+            found = {"session": session, **_counted(arms[name], effect(new[name], *hardware))}
             known["arms"][name] = {"config": fingerprint(new[name]), **found, **asdict(measured)}
         known = from_first(lambda: known)  # clocks differ: all processes go by that of the first
         on_first(lambda: write_json(path, known))
@@ -86,9 +88,22 @@ def _counted(arm: Arm, found: Effect) -> dict[str, Any]:
 def _facts(arm: Arm, known: Mapping[str, Any]) -> Facts:
     names = ("total", "active", "outside", "tokens", "flops", "parts", "memory")
     counted = {name: known[name] for name in names}
-    return Facts(arm=arm, seconds=median(known["rounds"]), rounds=tuple(known["rounds"]), **counted)
+    session = known.get("session", "")
+    return Facts(arm=arm, seconds=median(known["rounds"]), rounds=tuple(known["rounds"]), session=session, **counted)
 
 
-def cost(facts: Facts) -> Cost:
-    """What budgets go by."""
-    return Cost(facts.tokens, facts.flops, facts.seconds.value)
+def step_ratio(facts: Facts, dense: Facts) -> Estimate:
+    """Step time over that of a dense model.
+
+    The median over rounds of the ratio in each, so that what slows down the machine for both drops out; of step times
+    that were not measured in the same rounds, the ratio of the medians, with the widest interval that they allow.
+    """
+    if facts.session == dense.session and len(facts.rounds) == len(dense.rounds):
+        return median_ratio(facts.rounds, dense.rounds)
+    ours, theirs = facts.seconds, dense.seconds
+    return Estimate(ours.value / theirs.value, ours.low / theirs.high, ours.high / theirs.low)
+
+
+def cost(facts: Facts, dense: Facts) -> Cost:
+    """What budgets go by: the seconds of the dense model, times the ratio."""
+    return Cost(facts.tokens, facts.flops, dense.seconds.value * step_ratio(facts, dense).value)

@@ -26,8 +26,9 @@ class Plan:
     def steps(self, rung: Rung, arm: Arm, rule: Rule) -> int:
         """Of an arm of a rung under a rule."""
         study, dense = self._study, self.of(rung.dense)
-        base = dense_steps(cost(dense), dense.outside, study.tokens_per_parameter, study.hours)
-        return base if arm == rung.dense else arm_steps(rule, cost(self.of(arm)), cost(dense), base)
+        of_dense = cost(dense, dense)
+        base = dense_steps(of_dense, dense.outside, study.tokens_per_parameter, study.hours)
+        return base if arm == rung.dense else arm_steps(rule, cost(self.of(arm), dense), of_dense, base)
 
     def cell(self, arm: Arm, steps: int, seed: int) -> Cell:
         """A run."""

@@ -19,7 +19,7 @@ class Facts:
       total, active, outside: parameters: all, those that a token uses, all but the embedding (and head).
       tokens: of a step.   flops: model FLOPs of a step, attention as masked.
       seconds: of a step: median over the rounds, with the interval of the median.
-      rounds: seconds per step in each round.
+      rounds: seconds per step in each round.   session: when; rounds of one session are the same ones.
       parts: seconds per step by part of the model, of one profile ("attention", "experts", ...); {} if not measured.
       memory: bytes on a device, as compiled; None where the compiler does not tell.
     """
@@ -32,6 +32,7 @@ class Facts:
     flops: float
     seconds: Estimate
     rounds: tuple[float, ...]
+    session: str = ""
     parts: Mapping[str, float] = field(default_factory=dict)
     memory: int | None = None
 
@@ -42,7 +43,7 @@ class Row:
 
     Attributes:
       increase: of the step time over the dense model's: 0.2 is 20 % more; None for the dense one.
-      steps, tokens, flops, hours: of the whole training; hours at the measured step time.
+      steps, tokens, flops, hours: of the whole training; hours at the dense model's step time times the increase.
       scores: means, by name in `SCORES`, with intervals over seeds and documents.
       gain: score less that of the dense model of the same rung, paired; {} for the dense one.
       same_step_time: score less that of the dense models read at this step time, between two of them on a logarithmic

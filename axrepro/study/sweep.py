@@ -38,19 +38,17 @@ from axrepro.train.workdir import Workdir
 from axrepro.train.writers import read_metrics
 
 _WAIT = 5.0  # seconds until cells that others hold are looked at again
-_POINTS = 30  # of a loss curve
-_END = 0.1  # of the logged steps whose routing counts as that of the end
+_POINTS = 10  # of a loss curve
+_END = 0.25  # of the logged steps whose routing counts as that of the end
 
 Hardware = tuple[str, int, int]
 
 
 def slug(arm: Arm, changes: Mapping[str, str]) -> str:
     """A name for files that tells arms and changes apart: the experiment's, and what was changed if anything was."""
-    parts = [arm.name]
     everything = repr((sorted(arm.changes), sorted(changes.items())))
-    if arm.changes or changes:
-        parts.append(f"{zlib.crc32(everything.encode()):08x}")
-    return re.sub(r"[^\w=.,-]+", "_", ",".join(parts))[:120]
+    mark = f",{zlib.crc32(everything.encode()):08x}" if arm.changes or changes else ""
+    return re.sub(r"[^\w=.,-]+", "_", arm.name)[:100] + mark
 
 
 @dataclass(frozen=True)
@@ -232,7 +230,8 @@ def history(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """
     logged = [line for line in lines if "step_time_s" in line]
     end = logged[-max(1, round(_END * len(logged))) :]
-    names = sorted({name for line in end for name in line if name.split("/")[-1] in _ROUTING})
+    routing = lambda name: name.split("/")[-1] in _ROUTING and not name.startswith(("eval/", "eval_raw/"))
+    names = sorted({name for line in end for name in line if routing(name)})
     loads = [line["histograms"] for line in lines if line.get("histograms")][-max(1, len(end)) :]
     size = math.ceil(len(logged) / _POINTS)
     parts = [logged[first : first + size] for first in range(0, len(logged), size)]
