@@ -126,7 +126,7 @@ def run(
     """
     numbered = list(enumerate({cell.key: cell for cell in cells}.values(), start=1))
     open_, failed, asked = numbered, {}, {}
-    if jax.config.read("jax_compilation_cache_dir") is None and "://" not in str(folder):
+    if jax.config.values["jax_compilation_cache_dir"] is None and "://" not in str(folder):
         # cells that differ in their seed are one program; to start a cell again takes no compiling either
         jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
