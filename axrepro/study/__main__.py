@@ -20,6 +20,7 @@ from pathlib import Path
 from axrepro.command_line import Parser, told
 from axrepro.errors import UserError, nearest
 
+_PARTS = ("rungs", "no_ablations", "no_ladder")  # flags that choose what is trained
 _HELP = """
 Fields of the study, and of all its experiments at once, are set by their path:
   --study.seeds=0,1 --study.tokens_per_parameter=5 --study.hours=2 --experiment.data.batch_size=32
@@ -81,16 +82,16 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str], dict[str
     return args, changes["study"], changes["experiment"]
 
 
-def _chosen(study, args: argparse.Namespace):
+def _chosen(study, flags: dict):
     """The study without what the flags leave out."""
-    if args.rungs:
-        names = [rung.name for rung in study.ladder]
-        if wrong := [name for name in args.rungs.split(",") if name not in names]:
-            raise UserError(f"--rungs={args.rungs}: no rung {wrong[0]!r}; {nearest(wrong[0], names)}")
-        study = replace(study, ladder=tuple(rung for rung in study.ladder if rung.name in args.rungs.split(",")))
-    if args.no_ablations:
+    if flags["rungs"]:
+        names, wanted = [rung.name for rung in study.ladder], flags["rungs"].split(",")
+        if wrong := [name for name in wanted if name not in names]:
+            raise UserError(f"--rungs={flags['rungs']}: no rung {wrong[0]!r}; {nearest(wrong[0], names)}")
+        study = replace(study, ladder=tuple(rung for rung in study.ladder if rung.name in wanted))
+    if flags["no_ablations"]:
         study = replace(study, ablations=())
-    return replace(study, ladder=()) if args.no_ladder else study
+    return replace(study, ladder=()) if flags["no_ladder"] else study
 
 
 def _say(text: str) -> None:
@@ -120,7 +121,7 @@ def _folder(name: str, args: argparse.Namespace):
     return folder
 
 
-def _record(folder, name: str, study, changes: dict[str, str], argv: list[str]) -> None:
+def _record(folder, name: str, study, flags: dict, argv: list[str]) -> None:
     """Writes down how this start was made, beside the earlier ones."""
     from axrepro.core.config import to_json
     from axrepro.study.files import read_json, write_json
@@ -133,10 +134,9 @@ def _record(folder, name: str, study, changes: dict[str, str], argv: list[str]) 
         "command": shlex.join(["python", "-m", "axrepro.study", *argv]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "device": device(),
-        "cores": os.cpu_count(),
         "versions": versions(),
         "git_commit": git_commit(),
-        "changes": changes,
+        "flags": flags,
         "config": json.loads(to_json(study)),
     }
     record["starts"].append(start)
@@ -153,24 +153,47 @@ def run(argv: list[str]) -> int:
         width = max((len(entry.name) for entry in entries), default=0)
         print("\n".join(f"{entry.name:{width}}  {entry.description}" for entry in entries))
         return 0
+    if args.report:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # and leave the accelerator to the study that runs
     launch.set_up_platform(args)
-    if not args.topology:
+    if not args.topology and not args.report:
         launch.join_processes(args)
     from axrepro.core.config import override
 
     entry = registry.find(args.study, registry.index(kind="Study"))
-    study = _chosen(override(registry.load(entry), of_study), args)
+    flags = {"study": of_study, "experiment": of_experiments, **{name: getattr(args, name) for name in _PARTS}}
+    study = _chosen(override(registry.load(entry), of_study), flags)
     folder = _folder(entry.name, args)
-    if args.report:
-        if not any((folder / file).exists() for file in ("step_times.json", "forecasts")):
-            raise UserError(f"{folder} holds no study; give the --workdir of one, or leave out --report to run it")
-        return _report(entry.name, study, of_experiments, folder)
-    if args.topology:
-        return _forecast(entry.name, study, of_experiments, folder, args.topology.split(","))
-    return _train(entry.name, study, of_experiments, folder, args, argv)
+    if args.report or args.topology:
+        return _without_training(entry, folder, args, flags)
+    return _train(entry.name, study, flags, folder, args.plan, argv)
 
 
-def _train(name: str, study, changes: dict[str, str], folder, args: argparse.Namespace, argv: list[str]) -> int:
+def _without_training(entry, folder, args: argparse.Namespace, flags: dict) -> int:
+    """Forecasts, and the report of what is there: by the flags of the last start, except for those given now."""
+    from axrepro import registry
+    from axrepro.core.config import override
+    from axrepro.study.files import locked, read_json
+    from axrepro.study.forecasts import forecast_all
+
+    if args.report and not any((folder / file).exists() for file in ("step_times.json", "forecasts")):
+        raise UserError(f"{folder} holds no study; give the --workdir of one, or leave out --report to run it")
+    if args.topology and "://" in str(folder):
+        raise UserError(f"--topology writes to a folder of this machine, not to {folder}; give another --workdir")
+    if starts := (read_json(folder / "study.json") or {"starts": []})["starts"]:
+        old = starts[-1].get("flags", {})
+        flags = {name: {**old.get(name, {}), **flags[name]} for name in ("study", "experiment")} | {
+            name: flags[name] or old.get(name) for name in _PARTS
+        }
+    study = _chosen(override(registry.load(entry), flags["study"]), flags)
+    with locked(folder):
+        for topology in (args.topology or "").split(",") if args.topology else ():
+            forecast_all(study.outlook, flags["experiment"], topology, Path(folder), _say)
+        _report(entry.name, study, flags["experiment"], folder)
+    return 0
+
+
+def _train(name: str, study, flags: dict, folder, plan_only: bool, argv: list[str]) -> int:
     import jax
 
     from axrepro import launch
@@ -180,17 +203,17 @@ def _train(name: str, study, changes: dict[str, str], folder, args: argparse.Nam
     from axrepro.study.plan import Plan
     from axrepro.train.processes import on_first
 
-    hardware = launch.attached_hardware()
+    hardware, changes = launch.attached_hardware(), flags["experiment"]
     with contextlib.ExitStack() as held:
         on_first(lambda: held.enter_context(locked(folder)))
         facts = measure_all(study, changes, folder, hardware, _say)
-        if not args.plan:
-            on_first(lambda: _record(folder, name, study, changes, argv))
+        if not plan_only:
+            on_first(lambda: _record(folder, name, study, flags, argv))
     plan = Plan(study, facts, changes)
     cells = list({cell.key: cell for cell in plan.cells()}.values())
     open_ = [cell for cell in cells if not (folder / cell.folder / "cell.json").exists()]
     _say(_planned(plan, cells, len(open_), plan.seconds(open_)))
-    if args.plan:
+    if plan_only:
         return 0
     try:
         failed = sweep.run(cells, folder, hardware, study.questions, _say)
@@ -208,7 +231,7 @@ def _train(name: str, study, changes: dict[str, str], folder, args: argparse.Nam
                 _report(name, study, changes, folder, notes)
         except BusyError:
             print("another process writes the report", flush=True)
-    return 0
+    return 1 if failed else 0
 
 
 def _planned(plan, cells, open_: int, seconds: float) -> str:
@@ -227,19 +250,7 @@ def _planned(plan, cells, open_: int, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def _forecast(name: str, study, changes: dict[str, str], folder, topologies: list[str]) -> int:
-    from axrepro.study.files import locked
-    from axrepro.study.forecasts import forecast_all
-
-    if "://" in str(folder):
-        raise UserError(f"--topology writes to a folder of this machine, not to {folder}; give another --workdir")
-    with locked(folder):
-        for topology in topologies:
-            forecast_all(study.outlook, changes, topology, Path(folder), _say)
-    return _report(name, study, changes, folder)
-
-
-def _report(name: str, study, changes: dict[str, str], folder, notes: list[str] | None = None) -> int:
+def _report(name: str, study, changes: dict[str, str], folder, notes: list[str] | None = None) -> None:
     """Writes it; in a bucket, through a folder of this machine."""
     from axrepro.study.compare import assemble
     from axrepro.study.report import write
@@ -255,11 +266,10 @@ def _report(name: str, study, changes: dict[str, str], folder, notes: list[str] 
     else:
         write(results, Path(folder))
     print(f"the report is {folder}/study.md", flush=True)
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`run` with errors told in words: exit code 2 for wrong input."""
+    """`run` with errors told in words: exit code 2 for wrong input, 1 if a run failed."""
     return told(run, sys.argv[1:] if argv is None else argv, "interrupted; the same command goes on")
 
 

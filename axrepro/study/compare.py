@@ -3,12 +3,14 @@
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from axrepro.errors import UserError
 from axrepro.study import bootstrap, forecasts
 from axrepro.study.bootstrap import Estimate
 from axrepro.study.files import read_json
@@ -24,7 +26,17 @@ _FLAT = 0.1  # what "stays" allows
 
 
 def scores(cells: Sequence[Mapping[str, Any]]) -> dict[str, Pair]:
-    """What each score is the ratio of, of runs that differ in their seed."""
+    """What each score is the ratio of, of runs that differ in their seed.
+
+    Raises:
+      UserError: if they were scored on different documents.
+    """
+    names = {tuple(cell["documents"]["names"]) for cell in cells}
+    if len(names) > 1:
+        raise UserError(
+            f"runs were scored on different held-out documents ({' and '.join(str(len(some)) for some in names)}): their "
+            "data changed in between; choose another --workdir"
+        )
     documents = lambda name, of="documents": np.array([cell[of][name] for cell in cells], np.float64)
     return {
         "bits_per_byte": (documents("bits"), documents("bytes")),
@@ -81,7 +93,7 @@ def _row(study: Study, plan: Plan, finished: _Finished, rung: Rung, arm: Arm, ru
     hours = lambda step: step * cost(facts, dense_facts).seconds / 3600
     return Row(
         rung=rung.name,
-        facts=facts,
+        facts=replace(facts, arm=arm),
         dense=is_dense,
         rule=rule,
         steps=steps,
@@ -97,6 +109,7 @@ def _row(study: Study, plan: Plan, finished: _Finished, rung: Rung, arm: Arm, ru
         missing=tuple(seed for seed in study.seeds if seed not in cells),
         commands=_commands(plan, [(arm, steps, cells)]),
         curves=tuple(tuple((hours(step), loss) for step, loss in cell["train"]) for cell in cells.values()),
+        in_training=statistics.median(cell["step_time_s"] for cell in cells.values()) if cells else None,
         loads=_loads(cells.values()),
         dropped=None if is_dense else _routing(cells.values(), "dropped"),
     )
@@ -228,37 +241,49 @@ def assemble(
       notes: of what failed.
     """
     facts = read_facts(study, changes, folder)
+    known = lambda arms: all(slug(arm, changes) in facts for arm in arms)
+    ladder = tuple(rung for rung in study.ladder if known(rung.arms))
+    ablations = tuple(series for series in study.ablations if known(series.arms))
+    unmeasured = [f"rung {rung.name}: not measured" for rung in study.ladder if rung not in ladder]
+    unmeasured += [f"ablation of the {one.name}: not measured" for one in study.ablations if one not in ablations]
+    study = replace(study, ladder=ladder, ablations=ablations)
     plan = Plan(study, facts, changes)
-    measured = all(slug(arm, changes) in facts for arm in study.trained())
-    if measured:
-        table, found = rows(study, plan, folder), findings(study, plan, folder)
-    else:
-        table, found = (), ()
-    predicted = forecasts.read(Path(folder), study, changes)
-    data, given_away = _data(plan, folder) if measured else ("", [])
     conditions = _conditions(read_json(folder / "study.json") or {"starts": []}, study, changes)
+    data, given_away = _data(plan, folder)
     return Results(
         study=name,
-        conditions=conditions | ({"data": data} if data else {}),
-        rows=table,
+        conditions=conditions | data,
+        rows=rows(study, plan, folder),
         facts=tuple(facts.values()),
-        findings=found,
-        predicted=predicted,
-        not_run=(*notes, *given_away, *(_not_run(study, plan, folder) if measured else ())),
+        findings=findings(study, plan, folder),
+        predicted=forecasts.read(Path(folder), study, changes),
+        not_run=(*notes, *given_away, *unmeasured, *_not_run(study, plan, folder)),
     )
 
 
-def _data(plan: Plan, folder: epath.Path) -> tuple[str, list[str]]:
-    """What the models were trained on and scored on, and what is wrong with that."""
-    cells = [cell for cell in (read(cell, folder) for cell in plan.cells()) if cell is not None]
+def _data(plan: Plan, folder: epath.Path) -> tuple[dict[str, str], list[str]]:
+    """What the models were trained on and how, and what is wrong with that."""
+    paths = [folder / cell.folder for cell in {cell.key: cell for cell in plan.cells()}.values()]
+    cells = [(path, cell) for path in paths if (cell := read_json(path / "cell.json")) is not None]
+    if not cells:
+        return {}, []
     described = {
         f"{cell['data']}; held out {len(cell['documents']['bytes'])} documents of {sum(cell['documents']['bytes']):,} "
         f"bytes, which give {sum(cell['choice']['asked'])} questions": None
-        for cell in cells
+        for _, cell in cells
     }
-    names = sorted({name for cell in cells for name in cell["given_away"]})
+    found = {"data": "; ".join(described)}
+    if config := (read_json(cells[0][0] / "config.json") or {}).get("config"):
+        rate = config["optimizer"].get("learning_rate", {})
+        found["training"] = (
+            f"batches of {config['data']['batch_size']} rows of {config['data']['sequence_length']} tokens, "
+            f"{config['train']['dtype']}, {config['optimizer']['class_']}"
+        )
+        if "peak" in rate:
+            found["training"] += f", {rate['class_']} to {rate['peak']:g}, the same for all models and not tuned here"
+    names = sorted({name for _, cell in cells for name in cell["given_away"]})
     text = f"no score leaves out the held-out documents that training documents give away: {', '.join(names)}"
-    return "; ".join(described), [text] if names else []
+    return found, [text] if names else []
 
 
 def _conditions(record: Mapping[str, Any], study: Study, changes: Mapping[str, str]) -> dict[str, str]:
@@ -266,7 +291,7 @@ def _conditions(record: Mapping[str, Any], study: Study, changes: Mapping[str, s
     distinct = lambda values: "; then ".join(dict.fromkeys(values))
     found = {
         "command": distinct(start["command"] for start in starts),
-        "hardware": distinct(f"{start['device']}, {start['cores']} cores" for start in starts),
+        "hardware": distinct(start["device"] for start in starts),
         "versions": distinct(", ".join(f"{k} {v}" for k, v in start["versions"].items()) for start in starts),
         "commit": distinct(start["git_commit"] or "none" for start in starts),
     }

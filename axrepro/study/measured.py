@@ -1,6 +1,7 @@
 """Step times of a study's arms on this hardware, kept in `step_times.json` so that budgets do not change later."""
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from axrepro.study.budget import Cost
 from axrepro.study.files import read_json, write_json
 from axrepro.study.results import Facts
 from axrepro.study.step_time import measure
-from axrepro.study.study import Arm, Study
+from axrepro.study.study import Arm, Rung, Study
 from axrepro.study.sweep import Hardware, experiment_of, slug
 from axrepro.train.effect import Effect, effect
 from axrepro.train.experiment import Experiment
@@ -24,8 +25,9 @@ from axrepro.train.processes import from_first, on_first
 
 
 def device() -> str:
-    """What this is, in words."""
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    """What this is, in words; of CPUs, how many cores, which one device shares."""
+    kind = jax.devices()[0].device_kind
+    return f"{jax.device_count()} x {kind}" + (f", {os.cpu_count()} cores" if kind == "cpu" else "")
 
 
 def fingerprint(experiment: Experiment) -> str:
@@ -56,6 +58,9 @@ def measure_all(
         )
     arms = {slug(arm, changes): arm for arm in study.trained()}
     experiments = {name: experiment_of(arm, hardware, {**dict(arm.changes), **changes}) for name, arm in arms.items()}
+    for rung in study.ladder:
+        for arm in rung.sparse:
+            _same_conditions(rung, arm, *(experiments[slug(one, changes)] for one in (rung.dense, arm)))
     new = {
         name: experiment
         for name, experiment in experiments.items()
@@ -69,6 +74,19 @@ def measure_all(
         known = from_first(lambda: known)  # clocks differ: all processes go by that of the first
         on_first(lambda: write_json(path, known))
     return {name: _facts(arm, known["arms"][name]) for name, arm in arms.items()}
+
+
+def _same_conditions(rung: Rung, arm: Arm, dense: Experiment, sparse: Experiment) -> None:
+    """Raises UserError if two models of a rung would not be comparable."""
+    for path, ours, theirs in (
+        ("data", sparse.data, dense.data),
+        ("train.dtype", sparse.train.dtype, dense.train.dtype),
+    ):
+        if ours != theirs:
+            raise UserError(
+                f"rung {rung.name!r}: {arm.label!r} has another {path} than {rung.dense.label!r} ({ours!r:.80}, not "
+                f"{theirs!r:.80}); give all arms of a rung the same, or their scores would not compare"
+            )
 
 
 def read_facts(study: Study, changes: Mapping[str, str], folder: epath.Path) -> dict[str, Facts]:

@@ -206,7 +206,8 @@ def _answer(results: Results) -> list[str]:
     told = _told(_judged(rows, "wall_clock", "bits_per_byte", "same_step_time"), "bits_per_byte", "same_step_time")
     if told:
         said.append(
-            f"In bits per byte less those of a dense model of the same step time, read between two rungs, {told}."
+            "In bits per byte less those of a dense model of the same step time, read between two rungs and each "
+            f"trained by the budget of its own rung, {told}."
         )
     return [" ".join(said), *_blame(rows), _intervals(results)]
 
@@ -251,9 +252,10 @@ def _change(seconds: float) -> str:
 def _intervals(results: Results) -> str:
     seeds = {len(row.seeds) for row in results.rows if row.seeds}
     text = (
-        "How intervals were made: they are of 95 %. Those of scores and gains are bootstraps over seeds and "
-        "documents, with sparse and dense runs paired; those of step times are of "
-        "medians over rounds of measurement; those of routers in the ablations are Student's over seeds."
+        "How intervals were made: they are of 95 %. Those of scores and gains are bootstraps over seeds and documents, "
+        "with sparse and dense runs paired; those of step times are of medians over rounds of measurement; those of "
+        "routers in the ablations are Student's over seeds. Budgets take the measured ratio of step times as exact: its "
+        "interval is not in that of a gain."
     )
     if seeds and max(seeds) == 1:
         text += " With one seed they say nothing about how results vary between seeds."
@@ -285,7 +287,9 @@ def _ladder(results: Results) -> list[str]:
                 for row in models
             ),
         ),
-        "Their training, and their scores at the end. The dense model of a rung is the same under every rule.",
+        "Their training, and their scores at the end. The dense model of a rung is the same under every rule. Budgets go "
+        "by the measured step times, not by those in training, which other work may have slowed. Of four choices, chance "
+        "has 25 %.",
         _table(
             (
                 "rung",
@@ -306,6 +310,7 @@ def _ladder(results: Results) -> list[str]:
                     f"{row.steps:,}",
                     count(row.tokens),
                     duration(3600 * row.hours),
+                    MISSING if row.in_training is None else duration(row.in_training),
                     str(len(row.seeds)),
                     PERCENT.text(row.dropped),
                     *(SCORE_FORMS[score].interval(row.scores.get(score)) for score in SCORES),
@@ -499,6 +504,8 @@ def _not_run(results: Results) -> list[str]:
             lines.append(f"{_name(row)}, {', '.join(rules)}: seeds {', '.join(map(str, row.missing))} are missing")
         if not row.dense and row.seeds and not row.gain:
             lines.append(f"{_name(row)}, {', '.join(rules)}: not compared with the dense model of its rung")
+        if not row.dense and row.gain and len(rungs) > 1 and not row.same_step_time:
+            lines.append(f"{_name(row)}, {', '.join(rules)}: no dense models have step times on both sides of its own")
     lines += [
         f"forecast of {one.arm.label} ({one.where}) on {one.slice}: {one.error}"
         for one in results.predicted

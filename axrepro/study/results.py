@@ -52,6 +52,7 @@ class Row:
       by_seed: scores of each of `seeds`.
       commands: that repeat the run, by seed, each with what it prints at its end.
       curves: of each seed, (hours at the measured step time, training loss of the text in nats) along the run.
+      in_training: seconds per step while it trained, evaluations left out; longer where other work ran beside it.
       loads: of each routed layer, mean share of choices by expert at the end (mean over seeds, sorted); () if dense.
       dropped: share of choices that were dropped at the end of training; None if dense.
     """
@@ -73,6 +74,7 @@ class Row:
     commands: tuple[str, ...]
     by_seed: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     curves: tuple[tuple[tuple[float, float], ...], ...] = ()
+    in_training: float | None = None
     loads: tuple[tuple[float, ...], ...] = ()
     dropped: float | None = None
 

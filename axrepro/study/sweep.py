@@ -137,7 +137,7 @@ def run(
         with contextlib.ExitStack() as held:
             if not from_first(lambda: _mine(path, held)):
                 return False
-            if from_first(lambda: _finished(path, experiment)):
+            if from_first(lambda: _finished(path, experiment, questions)):
                 return True
             tell(f"cell {number} of {len(numbered)}: {cell.arm.name}, {cell.steps} steps, seed {cell.seed}")
             if experiment.data not in asked:
@@ -149,6 +149,8 @@ def run(
             try:
                 _run_cell(cell, experiment, path, *asked[experiment.data])
             except (NotFiniteError, OutOfMemoryError) as error:
+                if jax.process_count() > 1 and isinstance(error, OutOfMemoryError):
+                    raise  # the other processes may not have seen it
                 failed[cell.key] = " ".join(str(error).split("\n")[0].split())
                 tell(f"failed: {failed[cell.key]}")
         return True
@@ -161,10 +163,16 @@ def run(
     return failed
 
 
-def _finished(path: epath.Path, experiment: Experiment) -> bool:
-    """Whether a cell is. Raises UserError if it was trained with other settings than it would be now."""
-    if not (path / "cell.json").exists():
+def _finished(path: epath.Path, experiment: Experiment, questions: int) -> bool:
+    """Whether a cell is. Raises UserError if it was trained or asked otherwise than it would be now."""
+    found = read_json(path / "cell.json")
+    if found is None:
         return False
+    if (asked := sum(found["choice"]["asked"])) != questions:
+        raise UserError(
+            f"{path} was asked {asked} questions, not {questions}: set --study.questions={asked}, or choose another "
+            "--workdir"
+        )
     record = read_json(path / "config.json") or {}
     if changed := differences(record.get("config", {}), json.loads(to_json(experiment))):
         raise UserError(
@@ -202,7 +210,6 @@ def _run_cell(
             "changes": dict(cell.arm.changes),
             "steps": cell.steps,
             "seed": cell.seed,
-            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "seconds": seconds,
             "resumed_from": outcome.resumed_from,
             "data": experiment.data.describe(),
