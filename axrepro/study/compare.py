@@ -34,7 +34,7 @@ def scores(cells: Sequence[Mapping[str, Any]]) -> dict[str, Pair]:
     names = {tuple(cell["documents"]["names"]) for cell in cells}
     if len(names) > 1:
         raise UserError(
-            f"runs were scored on different held-out documents ({' and '.join(str(len(some)) for some in names)}): their "
+            f"runs were scored on different held-out documents ({' and '.join(str(len(n)) for n in names)}): their "
             "data changed in between; choose another --workdir"
         )
     documents = lambda name, of="documents": np.array([cell[of][name] for cell in cells], np.float64)
@@ -81,15 +81,17 @@ def _row(study: Study, plan: Plan, finished: _Finished, rung: Rung, arm: Arm, ru
     dense = finished(rung.dense, plan.steps(rung, rung.dense, rule), study.seeds)
     both = [seed for seed in study.seeds if seed in cells and seed in dense]
     pairs = scores(list(cells.values())) if cells else {}
-    gain, same = {}, {}
-    if not is_dense and both:
-        ours, theirs = scores([cells[s] for s in both]), scores([dense[s] for s in both])
-        gain = {name: bootstrap.difference(ours[name], theirs[name]) for name in SCORES}
-        same = _at_same_step_time(study, plan, finished, rule, facts, cells)
-    increase = None
+    gain, same, increase = {}, {}, None
     if not is_dense:
         ratio = step_ratio(facts, dense_facts)
         increase = Estimate(ratio.value - 1, ratio.low - 1, ratio.high - 1)
+        if both:
+            ours, theirs = scores([cells[s] for s in both]), scores([dense[s] for s in both])
+            gain = {name: bootstrap.difference(ours[name], theirs[name]) for name in SCORES}
+            same = _at_same_step_time(study, plan, finished, rule, facts, cells)
+        if gain and rule == "wall_clock":
+            runs = {n: finished(arm, n, study.seeds) for n in {plan.steps(rung, arm, rule) for rule in study.rules}}
+            gain = _widened(gain, steps, ratio, runs)
     hours = lambda step: step * cost(facts, dense_facts).seconds / 3600
     return Row(
         rung=rung.name,
@@ -113,6 +115,33 @@ def _row(study: Study, plan: Plan, finished: _Finished, rung: Rung, arm: Arm, ru
         loads=_loads(cells.values()),
         dropped=None if is_dense else _routing(cells.values(), "dropped"),
     )
+
+
+def _widened(
+    gain: Mapping[str, Estimate], steps: int, ratio: Estimate, runs: Mapping[int, Mapping[int, Mapping[str, Any]]]
+) -> dict[str, Estimate]:
+    """Gains at equal wall clock with what the interval of the ratio of step times adds to their intervals.
+
+    Another ratio would have given other numbers of steps; what they change follows from the line, over the logarithm of
+    steps, through these runs and those of the arm whose number of steps is nearest to them.
+
+    Args:
+      runs: the arm's cells by steps and seed.
+    """
+    others = [n for n in runs if n != steps and set(runs[n]) & set(runs[steps])]
+    if not others:
+        return dict(gain)
+    other = min(others, key=lambda n: abs(math.log(n / steps)))
+    seeds = sorted(set(runs[other]) & set(runs[steps]))
+    here, there = (scores([runs[n][seed] for seed in seeds]) for n in (steps, other))
+    mean = lambda pair: float((pair[0].sum(1) / pair[1].sum(1)).mean())
+    found = {}
+    for name, estimate in gain.items():
+        slope = (mean(there[name]) - mean(here[name])) / math.log(other / steps)
+        shifts = [slope * math.log(ratio.value / end) for end in (ratio.low, ratio.high)]
+        low, high = min(0.0, *shifts), max(0.0, *shifts)
+        found[name] = Estimate(estimate.value, estimate.low + low, estimate.high + high)
+    return found
 
 
 def _commands(plan: Plan, runs: Iterable[tuple[Arm, int, Mapping[int, Mapping[str, Any]]]]) -> tuple[str, ...]:

@@ -253,9 +253,9 @@ def _intervals(results: Results) -> str:
     seeds = {len(row.seeds) for row in results.rows if row.seeds}
     text = (
         "How intervals were made: they are of 95 %. Those of scores and gains are bootstraps over seeds and documents, "
-        "with sparse and dense runs paired; those of step times are of medians over rounds of measurement; those of "
-        "routers in the ablations are Student's over seeds. Budgets take the measured ratio of step times as exact: its "
-        "interval is not in that of a gain."
+        "with sparse and dense runs paired; at equal wall clock they are widened by what the ends of the interval of "
+        "the ratio of step times would change, along the line through the arm's own runs. Those of step times are of "
+        "medians over rounds of measurement; those of routers in the ablations are Student's over seeds."
     )
     if seeds and max(seeds) == 1:
         text += " With one seed they say nothing about how results vary between seeds."
@@ -287,9 +287,9 @@ def _ladder(results: Results) -> list[str]:
                 for row in models
             ),
         ),
-        "Their training, and their scores at the end. The dense model of a rung is the same under every rule. Budgets go "
-        "by the measured step times, not by those in training, which other work may have slowed. Of four choices, chance "
-        "has 25 %.",
+        "Their training, and their scores at the end. The dense model of a rung is the same under every rule. Budgets "
+        "go by the measured step times, not by those in training, which other work may have slowed. Of four choices, "
+        "chance has 25 %.",
         _table(
             (
                 "rung",

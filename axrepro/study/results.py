@@ -45,7 +45,8 @@ class Row:
       increase: of the step time over the dense model's: 0.2 is 20 % more; None for the dense one.
       steps, tokens, flops, hours: of the whole training; hours at the dense model's step time times the increase.
       scores: means, by name in `SCORES`, with intervals over seeds and documents.
-      gain: score less that of the dense model of the same rung, paired; {} for the dense one.
+      gain: score less that of the dense model of the same rung, paired; {} for the dense one. Its interval at equal
+        wall clock has that of the ratio of step times in it.
       same_step_time: score less that of the dense models read at this step time, between two of them on a logarithmic
         axis; {} outside of their range and for the dense ones.
       seeds: those that are finished.   missing: those that are not.
