@@ -187,7 +187,7 @@ def _without_training(entry, folder, args: argparse.Namespace, flags: dict) -> i
         }
     study = _chosen(override(registry.load(entry), flags["study"]), flags)
     with locked(folder):
-        for topology in (args.topology or "").split(",") if args.topology else ():
+        for topology in args.topology.split(",") if args.topology else ():
             forecast_all(study.outlook, flags["experiment"], topology, Path(folder), _say)
         _report(entry.name, study, flags["experiment"], folder)
     return 0

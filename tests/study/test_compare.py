@@ -8,6 +8,7 @@ import pytest
 from etils import epath
 
 from axrepro.errors import UserError
+from axrepro.study.__main__ import main
 from axrepro.study.bootstrap import Estimate
 from axrepro.study.compare import assemble, verdict
 from axrepro.study.measured import read_facts, step_ratio
@@ -190,3 +191,24 @@ def test_documents_that_training_gives_away_are_named(folder):
     path.write_text(json.dumps({**found, "given_away": ["b"]}))
     (line,) = [text for text in assemble("made_up", STUDY, {}, folder).not_run if "give away" in text]
     assert line.endswith("give away: b")
+
+
+def test_a_report_without_training_goes_by_the_flags_of_the_last_start(tmp_path, capsys):
+    known = {"dense_28k": facts("dense_s", 1e6, 27_864), "moe_28k": facts("moe_s", 1e6, 30_000)}
+    known = {name: {**one, "tokens": 2048} for name, one in known.items()}
+    (tmp_path / "step_times.json").write_text(json.dumps({"device": "made up", "arms": known}))
+    flags = {"study": {"tokens_per_parameter": "5"}, "experiment": {}, "rungs": "28k", "no_ablations": True}
+    start = {"command": "c", "device": "d", "versions": {}, "git_commit": None, "time": "t", "flags": flags}
+    (tmp_path / "study.json").write_text(json.dumps({"study": "moe_vs_dense", "starts": [start]}))
+    for seed in (0, 1, 2):
+        path = tmp_path / f"cells/dense_28k/steps68_seed{seed}/cell.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(cell(2.5, seed)))
+    assert main(["moe_vs_dense", f"--workdir={tmp_path}", "--report"]) == 0
+    text = (tmp_path / "study.md").read_text()
+    assert "| 28k | dense 28k | equal wall clock, equal tokens, equal FLOPs | 68 |" in text
+    assert "5 tokens per dense parameter outside the embedding" in text
+    assert "50k" not in text.split("## Forecasts")[0]
+    assert main(["moe_vs_dense", f"--workdir={tmp_path}", "--report", "--study.tokens_per_parameter=10"]) == 0
+    assert "| 136 |" in (tmp_path / "study.md").read_text()
+    assert capsys.readouterr().out.count("the report is") == 2
