@@ -298,6 +298,7 @@ def _ladder(results: Results) -> list[str]:
                 "steps",
                 "tokens",
                 "time",
+                "step in training",
                 "seeds",
                 "dropped choices",
                 *(SCORE_WORDS[score] for score in SCORES),
@@ -504,8 +505,9 @@ def _not_run(results: Results) -> list[str]:
             lines.append(f"{_name(row)}, {', '.join(rules)}: seeds {', '.join(map(str, row.missing))} are missing")
         if not row.dense and row.seeds and not row.gain:
             lines.append(f"{_name(row)}, {', '.join(rules)}: not compared with the dense model of its rung")
-        if not row.dense and row.gain and len(rungs) > 1 and not row.same_step_time:
-            lines.append(f"{_name(row)}, {', '.join(rules)}: no dense models have step times on both sides of its own")
+    outside = dict.fromkeys(_name(row) for row in sparse if row.gain and not row.same_step_time)
+    if len(rungs) > 1 and outside and any(row.same_step_time for row in sparse):
+        lines.append(f"comparisons at the same step time, which no two dense models enclose: {', '.join(outside)}")
     lines += [
         f"forecast of {one.arm.label} ({one.where}) on {one.slice}: {one.error}"
         for one in results.predicted
