@@ -191,6 +191,10 @@ def _answer(results: Results) -> list[str]:
         lead = "At equal wall clock, mixtures of experts were worse than dense models."
     elif len(main["not decided"]) == compared:
         lead = "It is not decided whether mixtures of experts beat dense models at equal wall clock."
+    elif not main["better"]:
+        lead = "At equal wall clock, no mixture of experts was better than its dense model, and not all are decided."
+    elif not main["worse"]:
+        lead = "At equal wall clock, no mixture of experts was worse than its dense model, and not all are decided."
     said = [f"**{lead}**"]
     if compared:
         said.append(
