@@ -35,7 +35,7 @@ CHANGES = {
 }
 WHOLE = registry.load(registry.find("moe_vs_dense", registry.index(kind="Study")))
 STUDY = replace(
-    WHOLE, ladder=WHOLE.ladder[:1], ablations=WHOLE.ablations[:1], ablation_steps=20, seeds=(0, 1), rounds=3,
+    WHOLE, ladder=WHOLE.ladder[:1], ablations=(), seeds=(0, 1), rules=("wall_clock", "tokens"), rounds=3,
     round_steps=1, questions=8, tokens_per_parameter=0.5,
 )  # fmt: skip
 
@@ -54,7 +54,7 @@ def test_every_cell_is_trained_once_though_rules_share_some(finished):
     folder, plan, told = finished
     cells = list(plan.cells())
     runs = {cell.key for cell in cells}
-    assert len(cells) == 2 * (3 + 3) + 2 * 2
+    assert len(cells) == 2 * (2 + 2)
     assert len(runs) < len(cells)
     assert sum(text.startswith("cell ") for text in told) == len(runs) == len(list(folder.glob("cells/*/*/cell.json")))
     before = {path: path.stat().mtime for path in folder.glob("cells/*/*/*")}
@@ -84,7 +84,7 @@ def test_step_times_are_measured_once_so_that_budgets_stay(finished):
     text = path.read_text()
     try:
         path.write_text(text.replace("8 x cpu", "4 x TPU v5"))
-        with pytest.raises(UserError, match="those of 4 x TPU v5, and this is 8 x cpu"):
+        with pytest.raises(UserError, match=r"those of 4 x TPU v5.*and this is 8 x cpu"):
             measure_all(STUDY, CHANGES, folder, HARDWARE, told.append)
     finally:
         path.write_text(text)
@@ -104,7 +104,7 @@ def test_scores_agree_with_those_of_the_trainer(finished):
 def test_the_printed_command_gives_the_same_number(finished, tmp_path):
     folder, plan, _ = finished
     cell = next(cell for cell in plan.cells() if cell.arm == STUDY.ladder[0].sparse[0])
-    row = assemble("moe_vs_dense", STUDY, CHANGES, folder).rows[3]
+    row = assemble("moe_vs_dense", STUDY, CHANGES, folder).rows[2]
     assert row.facts.arm == cell.arm
     command, number = row.commands[row.seeds.index(cell.seed)].split("  # eval/bits_per_byte ")
     argv = shlex.split(command)[3:]
@@ -122,11 +122,11 @@ def test_the_comparison_has_every_arm_and_rule_and_pairs_its_seeds(finished):
     assert [(row.dense, row.rule) for row in results.rows] == [
         (dense, rule) for dense in (True, False) for rule in STUDY.rules
     ]
-    dense, sparse = results.rows[0], results.rows[3]
+    dense, sparse = results.rows[0], results.rows[2]
     assert sparse.hours == pytest.approx(dense.hours, rel=0.5 / sparse.steps + 1e-6)
     assert sparse.seeds == (0, 1)
     cells = {
-        row.dense: [read(plan.cell(row.facts.arm, row.steps, s), folder) for s in (0, 1)] for row in results.rows[:4]
+        row.dense: [read(plan.cell(row.facts.arm, row.steps, s), folder) for s in (0, 1)] for row in (dense, sparse)
     }
     mean = lambda cells: sum(c["scalars"]["eval/bits_per_byte"] for c in cells) / len(cells)
     assert sparse.scores["bits_per_byte"].value == pytest.approx(mean(cells[False]), rel=1e-5)
@@ -135,7 +135,6 @@ def test_the_comparison_has_every_arm_and_rule_and_pairs_its_seeds(finished):
     assert len(sparse.curves) == 2
     assert sparse.curves[0][-1][0] == pytest.approx(sparse.hours)
     assert [sum(layer) for layer in sparse.loads] == pytest.approx([1] * 2, abs=1e-3)
-    assert {f.expectation.measure for f in results.findings} == {"dropped", "busiest"}
 
 
 def test_cells_that_are_missing_are_named(finished):
@@ -143,7 +142,6 @@ def test_cells_that_are_missing_are_named(finished):
     more = replace(STUDY, seeds=(0, 1, 7))
     results = assemble("moe_vs_dense", more, CHANGES, folder, ["one that failed"])
     assert results.not_run[0] == "one that failed"
-    assert "ablation of the weight of the balance loss, 0: seeds 7" in results.not_run
     assert all(row.missing == (7,) for row in results.rows)
 
 
@@ -188,6 +186,7 @@ def command(workdir) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_twice_ends_with_the_numbers_of_one_that_was_not(tmp_path):
     env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     start = lambda name: subprocess.Popen(
