@@ -227,6 +227,8 @@ def _run_cell(
         write_json(path / "cell.json", record)
 
     on_first(write)
+    if outcome.interrupted:
+        raise StoppedError
 
 
 def history(lines: list[dict[str, Any]]) -> dict[str, Any]:

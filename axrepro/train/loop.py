@@ -38,6 +38,7 @@ class Outcome:
     Attributes:
       state: the last state.   step: its step.   complete: whether all steps are done.
       resumed_from: the step of the checkpoint it started from; None for a new run.   scalars: the last logged ones.
+      interrupted: whether SIGTERM came, be it after the last step: the caller goes on to nothing else.
     """
 
     state: TrainState[jax.Array]
@@ -45,6 +46,7 @@ class Outcome:
     complete: bool
     resumed_from: int | None
     scalars: dict[str, float]
+    interrupted: bool = False
 
 
 def build_program(experiment: Experiment) -> Program:
@@ -126,7 +128,7 @@ def train(experiment: Experiment, workdir: Workdir, name: str, saved: SavedStep 
         batches.close()
         checkpoints.close()
     step = int(state.step)
-    return Outcome(state, step, step >= settings.steps, resumed_from, scalars)
+    return Outcome(state, step, step >= settings.steps, resumed_from, scalars, preemption.received)
 
 
 def first_state(program: Program) -> TrainState:

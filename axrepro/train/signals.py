@@ -26,6 +26,11 @@ class Preemption:
     def _handle(self, *_) -> None:
         self._asked = True
 
+    @property
+    def received(self) -> bool:
+        """Whether this process was sent the signal, be it too late to end before the last step."""
+        return self._asked
+
     def asked(self, step: int) -> bool:
         """Whether to end after this step; the same answer on every process."""
         if jax.process_count() > 1:
