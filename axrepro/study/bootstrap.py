@@ -107,7 +107,8 @@ def _combined(scores: Sequence[Scores], combine: Callable[..., np.ndarray], resa
     for size in _parts(resamples, max(1, _AT_ONCE // items)):
         by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size)
         by_item = rng.multinomial(items, np.full(items, 1 / items), size)
-        drawn.append(combine(*ratios(np.einsum("psi,ri->prs", whole, by_item, optimize=True), by_seed)))
+        with np.errstate(invalid="ignore"):  # few items may be drawn without any that counts: such a draw is left out
+            drawn.append(combine(*ratios(np.einsum("psi,ri->prs", whole, by_item, optimize=True), by_seed)))
     return _between(float(value), np.concatenate(drawn))
 
 
@@ -116,7 +117,7 @@ def _parts(total: int, most: int) -> list[int]:
 
 
 def _between(value: float, drawn: np.ndarray) -> Estimate:
-    low, high = np.percentile(drawn, (2.5, 97.5))
+    low, high = np.nanpercentile(drawn, (2.5, 97.5))
     return Estimate(value, float(low), float(high))
 
 
