@@ -66,9 +66,8 @@ def test_an_arm_that_does_not_fit_is_told_and_the_others_are_forecast(made):
         assert 0 < one.memory < one.capacity
         assert one.tokens == 8 * 64
     # the same configuration by other words: not compiled again, and with nothing to compare it with
-    assert replace(again, where="tiny", arm=SPARSE, increase=sparse.increase, training_tokens={}) == replace(
-        sparse, training_tokens={}
-    )
+    of_the_rung = {"where": "tiny", "rung": True, "arm": SPARSE, "increase": sparse.increase}
+    assert replace(again, **of_the_rung, training_tokens={}) == replace(sparse, training_tokens={})
     assert (again.increase, dict(again.training_tokens)) == (None, {})
 
 
