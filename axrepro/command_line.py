@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from axrepro.errors import UserError
 
+_MOST_DEVICES = 4096  # emulated; each takes threads and memory
+
 
 class Parser(argparse.ArgumentParser):
     """Raises UserError for a wrong argument, in place of leaving Python; flags are not abbreviated."""
@@ -17,6 +19,24 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(message)
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that say which devices and processes there are."""
+    parser.add_argument("--devices", type=int, metavar="N", help="emulate N CPU devices (per process)")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where it is not detected")
+    parser.add_argument("--num_processes", type=int, metavar="N", help="with --coordinator")
+    parser.add_argument("--process_id", type=int, metavar="I", help="with --coordinator: 0 to N-1")
+
+
+def check_machine_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for numbers that none of them can be."""
+    for name, least in (("devices", 1), ("num_processes", 1), ("process_id", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name}={value} must be at least {least}")
+    if args.devices is not None and args.devices > _MOST_DEVICES:
+        raise UserError(f"--devices={args.devices} must be at most {_MOST_DEVICES}; --topology describes larger slices")
 
 
 def find_function(flag: str, name: str) -> Callable:

@@ -11,13 +11,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from axrepro.command_line import Parser, told
+from axrepro.command_line import Parser, add_machine_flags, check_machine_flags, told
 from axrepro.errors import UserError, nearest
 
 FLAGS = ("own", "default")
 MODES = ("train", "describe", "compile", "eval")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-_MOST_DEVICES = 4096  # emulated; each takes threads and memory
 _HELP = """
 Any field of the experiment is set by its path, for example
   --experiment.train.steps=100 --experiment.mesh.fsdp=8 --experiment.method.model.dim=256
@@ -36,7 +35,6 @@ def _parser() -> Parser:
     parser.add_argument("--workdir", metavar="DIR", help="where the run lives; default runs/NAME")
     parser.add_argument("--mode", choices=MODES, default="train", help="default: train; it resumes where it stopped")
     parser.add_argument("--list", action="store_true", help="print the experiments and what they are")
-    parser.add_argument("--devices", type=int, metavar="N", help="emulate N CPU devices (per process)")
     parser.add_argument(
         "--topology", metavar="SLICE", help="describe or compile for this slice: v5p-1024, v5p:8x8x8, 2xv6e-256"
     )
@@ -50,9 +48,7 @@ def _parser() -> Parser:
     parser.add_argument("--save", metavar="FILE", help="compile: write the program, for --program")
     parser.add_argument("--program", metavar="FILE", help="train: read the step from FILE if it is this one's")
     parser.add_argument("--flags", choices=FLAGS, default="own", help="compile: with the run's compiler flags, or none")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where it is not detected")
-    parser.add_argument("--num_processes", type=int, metavar="N", help="with --coordinator")
-    parser.add_argument("--process_id", type=int, metavar="I", help="with --coordinator: 0 to N-1")
+    add_machine_flags(parser)
     return parser
 
 
@@ -73,12 +69,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         if not equals:
             raise UserError(f"{item!r} needs a value: {item}=VALUE")
         overrides[name.removeprefix("experiment.")] = value
-    for name, least in (("devices", 1), ("num_processes", 1), ("process_id", 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name}={value} must be at least {least}")
-    if args.devices is not None and args.devices > _MOST_DEVICES:
-        raise UserError(f"--devices={args.devices} must be at most {_MOST_DEVICES}; --topology describes larger slices")
+    check_machine_flags(args)
     given = ("workdir", "topology", "html", "save", "program", "coordinator")
     if empty := [name for name in given if getattr(args, name) == ""]:
         raise UserError(f"--{empty[0]}= is empty; give it a value, or leave it out")
@@ -158,16 +149,8 @@ def join_processes(args: argparse.Namespace) -> None:
         raise UserError(f"cannot join the other processes: {' '.join(str(error).split())[:300]}") from None
 
 
-def named_hardware(topology: str) -> tuple[str, int, int]:
-    """(slice name, devices, slices) of a topology."""
-    from axrepro.train.hardware import parse_topology, slice_name
-
-    kind, count, slices = parse_topology(topology)
-    return slice_name(kind, count), count, slices  # the name that the mesh rules see, also before the hardware is there
-
-
 def attached_hardware() -> tuple[str, int, int]:
-    """The same of this machine."""
+    """(slice name, devices, slices) of this machine."""
     from axrepro.train.hardware import slice_name
 
     devices = _devices()
@@ -176,16 +159,16 @@ def attached_hardware() -> tuple[str, int, int]:
 
 def _hardware(args: argparse.Namespace) -> tuple[str, int, int]:
     """The hardware that was asked for, else that of this machine."""
-    from axrepro.train.hardware import CHIPS, parse_topology
+    from axrepro.train.hardware import CHIPS, parse_topology, slice_name
 
     if not args.topology:
         return attached_hardware()
-    kind, _, _ = parse_topology(args.topology)
+    kind, count, slices = parse_topology(args.topology)
     if args.mode == "compile" and kind in CHIPS and CHIPS[kind].torus:
         from axrepro.aot.slices import find_slice
 
         find_slice(args.topology)  # that there is such a slice comes before what its mesh would be
-    return named_hardware(args.topology)
+    return slice_name(kind, count), count, slices  # the name that the mesh rules see, also before the hardware is there
 
 
 def configured(entry, hardware: tuple[str, int, int], overrides: Mapping[str, str]):

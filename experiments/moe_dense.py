@@ -139,14 +139,14 @@ def tiny() -> Experiment:
     return override(moe_tiny(), smaller)
 
 
-def _rung(dim: int) -> Experiment:
+def _rung(dim: int, num_heads: int) -> Experiment:
     """Four blocks of this width, bytes of the standard library: a scale at which a study takes minutes on a CPU.
 
     One learning rate for all widths, as the released family has; AdamW of `small`. Steps are for a single run: a study
     sets them by its budget.
     """
     hidden = 8 * round(dim / 3)
-    model = llama(vocab_size=264, dim=dim, num_layers=4, num_heads=dim // 16, hidden=hidden, tied=True)
+    model = llama(vocab_size=264, dim=dim, num_layers=4, num_heads=num_heads, hidden=hidden, tied=True)
     changes = {
         "method.model.layers.unroll": 4,
         "data.batch_size": 16,
@@ -168,17 +168,22 @@ def _sparse_rung(dense: Experiment, num_experts: int = 8, k: int = 2) -> Experim
 
 def dense_28k() -> Experiment:
     """Dense, 28k parameters outside the embedding: the lowest rung of the study's ladder."""
-    return _rung(dim=24)
+    return _rung(dim=24, num_heads=1)
 
 
 def dense_50k() -> Experiment:
     """Dense, 50k parameters outside the embedding."""
-    return _rung(dim=32)
+    return _rung(dim=32, num_heads=2)
 
 
 def dense_76k() -> Experiment:
     """Dense, 76k parameters outside the embedding."""
-    return _rung(dim=40)
+    return _rung(dim=40, num_heads=2)
+
+
+def dense_150k() -> Experiment:
+    """Dense, 150k parameters outside the embedding: its step takes longer than that of any mixture of the ladder."""
+    return _rung(dim=56, num_heads=4)
 
 
 def moe_28k() -> Experiment:
@@ -305,7 +310,7 @@ def _moe_28k(label: str, x: float | None = None, **changes: float) -> Arm:
 
 
 def moe_vs_dense() -> Study:
-    """For a given budget, train dense or a mixture of experts? Three scales, by wall clock, tokens and FLOPs."""
+    """For a given budget, train dense or a mixture of experts? By wall clock, tokens and FLOPs, at three scales."""
 
     def rung(size: str) -> Rung:
         dense = Arm(label=f"dense {size}", experiment=f"dense_{size}")
@@ -314,7 +319,8 @@ def moe_vs_dense() -> Study:
     def expect(measure: Measure, direction: Direction) -> Expectation:
         return Expectation(measure=measure, direction=direction)
 
-    ladder = tuple(rung(size) for size in ("28k", "50k", "76k"))
+    largest = Rung(name="150k", dense=Arm(label="dense 150k", experiment="dense_150k"))
+    ladder = (*(rung(size) for size in ("28k", "50k", "76k")), largest)
     dense = ladder[0].dense
     base = Arm(label="base", experiment="moe_28k")
     ablations = (

@@ -17,7 +17,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from axrepro.command_line import Parser, told
+from axrepro.command_line import Parser, add_machine_flags, check_machine_flags, told
 from axrepro.errors import UserError, nearest
 
 _PARTS = ("rungs", "no_ablations", "no_ladder")  # flags that choose what is trained
@@ -43,10 +43,7 @@ def _parser() -> Parser:
     parser.add_argument("--rungs", metavar="NAMES", help="train only these scales of the ladder, by commas")
     parser.add_argument("--no_ablations", action="store_true", help="train the ladder alone")
     parser.add_argument("--no_ladder", action="store_true", help="train the ablations alone")
-    parser.add_argument("--devices", type=int, metavar="N", help="emulate N CPU devices (per process)")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where it is not detected")
-    parser.add_argument("--num_processes", type=int, metavar="N", help="with --coordinator")
-    parser.add_argument("--process_id", type=int, metavar="I", help="with --coordinator: 0 to N-1")
+    add_machine_flags(parser)
     return parser
 
 
@@ -68,6 +65,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str], dict[str
         if not equals:
             raise UserError(f"{item!r} needs a value: {item}=VALUE")
         changes[root][inner] = value
+    check_machine_flags(args)
     if not args.list and not args.study:
         raise UserError("the name of a study is missing; --list prints them")
     if given := [name for name in ("workdir", "topology", "rungs") if getattr(args, name) == ""]:
@@ -178,8 +176,6 @@ def _without_training(entry, folder, args: argparse.Namespace, flags: dict) -> i
 
     if args.report and not any((folder / file).exists() for file in ("step_times.json", "forecasts")):
         raise UserError(f"{folder} holds no study; give the --workdir of one, or leave out --report to run it")
-    if args.topology and "://" in str(folder):
-        raise UserError(f"--topology writes to a folder of this machine, not to {folder}; give another --workdir")
     if starts := (read_json(folder / "study.json") or {"starts": []})["starts"]:
         old = starts[-1].get("flags", {})
         flags = {name: {**old.get(name, {}), **flags[name]} for name in ("study", "experiment")} | {
@@ -188,7 +184,7 @@ def _without_training(entry, folder, args: argparse.Namespace, flags: dict) -> i
     study = _chosen(override(registry.load(entry), flags["study"]), flags)
     with locked(folder):
         for topology in args.topology.split(",") if args.topology else ():
-            forecast_all(study.outlook, flags["experiment"], topology, Path(folder), _say)
+            forecast_all(study.outlook, flags["experiment"], topology, folder, _say)
         _report(entry.name, study, flags["experiment"], folder)
     return 0
 
@@ -206,10 +202,10 @@ def _train(name: str, study, flags: dict, folder, plan_only: bool, argv: list[st
     hardware, changes = launch.attached_hardware(), flags["experiment"]
     with contextlib.ExitStack() as held:
         on_first(lambda: held.enter_context(locked(folder)))
-        facts = measure_all(study, changes, folder, hardware, _say)
+        known = measure_all(study, changes, folder, hardware, _say)
         if not plan_only:
             on_first(lambda: _record(folder, name, study, flags, argv))
-    plan = Plan(study, facts, changes)
+    plan = Plan(known.study, known.facts, changes)
     cells = list({cell.key: cell for cell in plan.cells()}.values())
     open_ = [cell for cell in cells if not (folder / cell.folder / "cell.json").exists()]
     _say(_planned(plan, cells, len(open_), plan.seconds(open_)))
@@ -231,7 +227,7 @@ def _train(name: str, study, flags: dict, folder, plan_only: bool, argv: list[st
                 _report(name, study, changes, folder, notes)
         except BusyError:
             print("another process writes the report", flush=True)
-    return 1 if failed else 0
+    return 1 if failed or known.missing else 0
 
 
 def _planned(plan, cells, open_: int, seconds: float) -> str:

@@ -4,7 +4,6 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,12 @@ from axrepro.errors import UserError
 from axrepro.study import bootstrap, forecasts
 from axrepro.study.bootstrap import Estimate
 from axrepro.study.files import read_json
-from axrepro.study.measured import cost, read_facts, step_ratio
+from axrepro.study.measured import cost, read_measured, step_ratio
 from axrepro.study.plan import Plan
 from axrepro.study.results import SCORES, Facts, Finding, Results, Row
 from axrepro.study.step_time import WARM_UP
 from axrepro.study.study import Arm, Expectation, Rule, Rung, Series, Study
-from axrepro.study.sweep import read, slug
+from axrepro.study.sweep import read
 
 Pair = tuple[np.ndarray, np.ndarray]  # numerators and denominators, [seeds, documents]
 _FLAT = 0.1  # what "stays" allows
@@ -269,24 +268,18 @@ def assemble(
     Args:
       notes: of what failed.
     """
-    facts = read_facts(study, changes, folder)
-    known = lambda arms: all(slug(arm, changes) in facts for arm in arms)
-    ladder = tuple(rung for rung in study.ladder if known(rung.arms))
-    ablations = tuple(series for series in study.ablations if known(series.arms))
-    unmeasured = [f"rung {rung.name}: not measured" for rung in study.ladder if rung not in ladder]
-    unmeasured += [f"ablation of the {one.name}: not measured" for one in study.ablations if one not in ablations]
-    study = replace(study, ladder=ladder, ablations=ablations)
-    plan = Plan(study, facts, changes)
+    known = read_measured(study, changes, folder)
+    study, plan = known.study, Plan(known.study, known.facts, changes)
     conditions = _conditions(read_json(folder / "study.json") or {"starts": []}, study, changes)
     data, given_away = _data(plan, folder)
     return Results(
         study=name,
         conditions=conditions | data,
         rows=rows(study, plan, folder),
-        facts=tuple(facts.values()),
+        facts=tuple(known.facts.values()),
         findings=findings(study, plan, folder),
-        predicted=forecasts.read(Path(folder), study, changes),
-        not_run=(*notes, *given_away, *unmeasured, *_not_run(study, plan, folder)),
+        predicted=forecasts.read(folder, study, changes),
+        not_run=(*notes, *given_away, *known.missing, *_not_run(study, plan, folder)),
     )
 
 

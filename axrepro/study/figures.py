@@ -12,7 +12,6 @@ import numpy as np
 from axrepro.study.bootstrap import Estimate
 from axrepro.study.measured import step_ratio
 from axrepro.study.results import SCORES, Facts, Results, Row
-from axrepro.study.study import Arm
 from axrepro.study.wording import (
     MEASURE_WORDS,
     RULE_WORDS,
@@ -285,19 +284,14 @@ def _breakdown(panels: Sequence[Sequence[tuple[str, Sequence[tuple[str, Mapping[
     return figure
 
 
-def same(arm: Arm) -> tuple:
-    """What two arms have in common that are one run, whatever they are called."""
-    return arm.experiment, arm.changes
-
-
 def _increase_over_dense(results: Results):
     """Increase of the step time along each series, measured and forecast."""
-    facts = {same(one.arm): one for one in results.facts}
+    facts = {one.arm.key: one for one in results.facts}
     lines: dict[str, dict[str, list[tuple[float, Estimate]]]] = defaultdict(lambda: defaultdict(list))
     for series in dict.fromkeys(finding.series for finding in results.findings):
-        dense = facts.get(same(series.dense)) if series.dense else None
+        dense = facts.get(series.dense.key) if series.dense else None
         for arm in series.arms:
-            found = facts.get(same(arm))
+            found = facts.get(arm.key)
             if dense and found and arm.x is not None:
                 ratio = step_ratio(found, dense)
                 increase = Estimate(ratio.value - 1, ratio.low - 1, ratio.high - 1)

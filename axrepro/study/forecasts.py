@@ -1,14 +1,13 @@
 """What a study says of slices that are not here: every arm of its outlook, compiled for them and timed by the model of
-`axrepro.aot`. One line per arm and configuration in FOLDER/forecasts/TOPOLOGY.jsonl.
+`axrepro.aot`, in FOLDER/forecasts/TOPOLOGY.json.
 """
 
 import hashlib
-import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from axrepro import registry
 from axrepro.aot.forecast import forecast
@@ -17,6 +16,7 @@ from axrepro.core.config import to_json
 from axrepro.errors import UserError
 from axrepro.launch import configured
 from axrepro.study.budget import Cost, share
+from axrepro.study.files import read_json, write_json
 from axrepro.study.results import Predicted
 from axrepro.study.study import RULES, Arm, Outlook, Study
 from axrepro.train.experiment import Experiment
@@ -27,7 +27,7 @@ _Name = tuple[str, tuple[tuple[str, str], ...]]
 
 
 def forecast_all(
-    outlook: Outlook, changes: Mapping[str, str], topology: str, folder: Path, tell: Callable[[str], None] = print
+    outlook: Outlook, changes: Mapping[str, str], topology: str, folder: epath.Path, tell: Callable[[str], None] = print
 ) -> None:
     """Forecasts every arm that `folder` has no forecast of yet, as it is configured now; each takes some seconds.
 
@@ -39,43 +39,39 @@ def forecast_all(
     Raises:
       UserError: if there is no such slice.
     """
-    hardware = find_slice(topology)
-    path = _path(folder, topology)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    hardware, path = find_slice(topology), folder / "forecasts" / f"{topology}.json"
     known = _known(path)
     done = {line["config"]: line for line in known.values() if "error" not in line}
-    _cut_half_a_line(path)
     arms = {
         _name(arm, changes): arm for _, _, dense, arms in _groups(outlook) for arm in (dense, *arms) if arm is not None
     }
-    with path.open("a") as file:
-        for number, (name, arm) in enumerate(arms.items(), start=1):
-            old = known.get(name, {})
-            line: dict[str, Any] = {"experiment": name[0], "changes": [list(change) for change in name[1]]}
-            try:
-                experiment = _configured(name, hardware)
-                line["config"] = config = hashlib.sha256(to_json(experiment).encode()).hexdigest()
-                if old.get("config") == config and "error" not in old:
-                    continue
-                # arms of two series may be one and the same
-                done[config] = line = (done.get(config) or _figures(experiment, hardware)) | line
-                told = f"{line['seconds']:.3f} s, {line['memory'] / _GIB:.1f} of {line['capacity'] / _GIB:.1f} GiB"
-            except (UserError, RuntimeError) as error:
-                line["error"] = told = _reason(error)
-            if line != old:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-            tell(f"forecast {number} of {len(arms)} on {topology}, {arm.label} ({arm.experiment}): {told}")
+    for number, (name, arm) in enumerate(arms.items(), start=1):
+        old = known.get(name, {})
+        line: dict[str, Any] = {"experiment": name[0], "changes": [list(change) for change in name[1]]}
+        try:
+            experiment = _configured(name, hardware)
+            line["config"] = config = hashlib.sha256(to_json(experiment).encode()).hexdigest()
+            if old.get("config") == config and "error" not in old:
+                continue
+            # arms of two series may be one and the same
+            done[config] = line = (done.get(config) or _figures(experiment, hardware)) | line
+            told = f"{line['seconds']:.3f} s, {line['memory'] / _GIB:.1f} of {line['capacity'] / _GIB:.1f} GiB"
+        except (UserError, RuntimeError) as error:
+            line["error"] = told = _reason(error)
+        if line != old:
+            known[name] = line
+            write_json(path, list(known.values()))
+        tell(f"forecast {number} of {len(arms)} on {topology}, {arm.label} ({arm.experiment}): {told}")
 
 
-def read(folder: Path, study: Study, changes: Mapping[str, str]) -> tuple[Predicted, ...]:
+def read(folder: epath.Path, study: Study, changes: Mapping[str, str]) -> tuple[Predicted, ...]:
     """The forecasts in `folder` of the arms of a study's outlook, by slice, and in its order; those missing are left
     out. Of several arms of one label, which are one model on several meshes, it is the fastest that fits.
 
     Training budgets follow from `study.tokens_per_parameter` alone: `study.hours` are those of the machine that trains.
     """
     found = []
-    for path in sorted((folder / "forecasts").glob("*.jsonl")):
+    for path in sorted((folder / "forecasts").glob("*.json")):
         known = _known(path)
         for where, rung, dense, arms in _groups(study.outlook):
             base = known.get(_name(dense, changes)) if dense is not None else None
@@ -165,18 +161,6 @@ def _predicted(
     )
 
 
-def _path(folder: Path, topology: str) -> Path:
-    return folder / "forecasts" / f"{topology}.jsonl"
-
-
-def _known(path: Path) -> dict[_Name, dict]:
-    """The last line of each arm; a last line cut short by a kill is left out."""
-    text = path.read_text() if path.exists() else ""
-    lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
-    return {(line["experiment"], tuple(map(tuple, line["changes"]))): line for line in lines}
-
-
-def _cut_half_a_line(path: Path) -> None:
-    """So that what is appended begins a line."""
-    if path.exists():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+def _known(path: epath.Path) -> dict[_Name, dict]:
+    """What was forecast of each arm."""
+    return {(line["experiment"], tuple(map(tuple, line["changes"]))): line for line in read_json(path) or []}

@@ -9,7 +9,7 @@ import math
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -130,15 +130,25 @@ def make_questions(data: Data, count: int, seed: int = 0, choices: int = 4, size
 
 
 def score_questions(program: Program, params: dict, questions: Questions) -> np.ndarray:
-    """bool[Q], whether the true choice is more probable than every other one; ties and nan count as wrong.
+    """bool[Q], whether the context makes the true choice more probable than it makes every other one.
 
-    The choices have equally many characters, so log-likelihoods are compared as they are. Rows are padded to whole
-    batches. A mixture with a capacity routes each row by itself, unless its `group_size` exceeds the row: the rows of a
-    group then share the room of its experts, and choices influence each other. All processes take part.
+    That is log p(choice | context) - log p(choice | last token of the context): choices differ in how probable they are
+    anywhere, which says nothing about the question (Holtzman et al., arXiv:2104.08315). Ties and nan count as wrong.
+
+    Rows are padded to whole batches. A mixture with a capacity routes each row by itself, unless its `group_size`
+    exceeds the row: the rows of a group then share the room of its experts, and choices influence each other. All
+    processes take part.
 
     Raises:
       UserError: if the experiment trains no language model.
     """
+    bits = _choice_bits(program, params, questions) - _choice_bits(program, params, _without_context(questions))
+    of_truth = np.take_along_axis(bits, questions.truth[:, None], 1)
+    return (of_truth < bits).sum(1) == bits.shape[1] - 1
+
+
+def _choice_bits(program: Program, params: dict, questions: Questions) -> np.ndarray:
+    """float64[Q, C], -log2 p of the targets that are compared."""
     step, size = _score_step(program), program.experiment.data.batch_size
     rows, length = questions.tokens.shape
     arrays = {name: jax.ShapeDtypeStruct((size, length), np.int32) for name in NAMES}
@@ -151,9 +161,23 @@ def score_questions(program: Program, params: dict, questions: Questions) -> np.
         scores = jax.device_get(step(params, place(load, arrays, shardings)))
         part = slice(first, first + size)
         bits[part] = np.where(padded["mask"][part], scores["bits"], 0).sum(1, dtype=np.float64)
-    bits = bits[:rows].reshape(len(questions.truth), -1)
-    of_truth = np.take_along_axis(bits, questions.truth[:, None], 1)
-    return (of_truth < bits).sum(1) == bits.shape[1] - 1
+    return bits[:rows].reshape(len(questions.truth), -1)
+
+
+def _without_context(questions: Questions) -> Questions:
+    """The same choices after nothing but the last token of the context, which the first target is predicted from."""
+    length = questions.tokens.shape[1]
+    sources = questions.mask.argmax(1)[:, None] + np.arange(length)
+    moved = lambda values: np.take_along_axis(np.pad(values, ((0, 0), (0, length))), sources, 1)
+    segments = moved(questions.segment_ids)
+    return replace(
+        questions,
+        tokens=moved(questions.tokens),
+        targets=moved(questions.targets),
+        segment_ids=segments,
+        positions=np.where(segments > 0, np.arange(length, dtype=np.int32), 0),
+        mask=moved(questions.mask),
+    )
 
 
 def leaks(data: Data) -> list[str]:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from axrepro.study.results import Facts
 from axrepro.study.step_time import measure
 from axrepro.study.study import Arm, Rung, Study
 from axrepro.study.sweep import Hardware, experiment_of, slug
+from axrepro.study.wording import placed
 from axrepro.train.effect import Effect, effect
 from axrepro.train.experiment import Experiment
 from axrepro.train.processes import from_first, on_first
@@ -35,19 +36,34 @@ def fingerprint(experiment: Experiment) -> str:
     return hashlib.sha256(to_json(experiment).encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Known:
+    """What was measured.
+
+    Attributes:
+      study: without what was not.   facts: by `slug`.   missing: what was not and why, a line each.
+    """
+
+    study: Study
+    facts: Mapping[str, Facts]
+    missing: tuple[str, ...]
+
+
 def measure_all(
     study: Study,
     changes: Mapping[str, str],
     folder: epath.Path,
     hardware: Hardware,
     tell: Callable[[str], None],
-) -> dict[str, Facts]:
-    """The facts of all arms that are trained, by `slug`; those that `step_times.json` has are not measured again.
+) -> Known:
+    """Measures every arm that is trained, except for those that `step_times.json` has already.
+
+    An arm that the devices have no memory for is left out, and tried again the next time.
 
     Args:
       changes: of all experiments.
     Raises:
-      UserError: if they were measured on other hardware, or an arm does not fit.
+      UserError: if they were measured on other hardware, or an arm does not fit its mesh.
     """
     path = folder / "step_times.json"
     known: dict[str, Any] = from_first(lambda: read_json(path)) or {"device": device(), "arms": {}}
@@ -68,12 +84,14 @@ def measure_all(
     }
     if new:
         session = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        for name, measured in measure(new, study.rounds, study.round_steps, tell).items():
+        measured, errors = measure(new, study.rounds, study.round_steps, tell)
+        for name, one in measured.items():
             found = {"session": session, **_counted(arms[name], effect(new[name], *hardware))}
-            known["arms"][name] = {"config": fingerprint(new[name]), **found, **asdict(measured)}
+            known["arms"][name] = {"config": fingerprint(new[name]), **found, **asdict(one)}
+        known["errors"] = {**known.get("errors", {}), **dict.fromkeys(measured, ""), **errors}
         known = from_first(lambda: known)  # clocks differ: all processes go by that of the first
         on_first(lambda: write_json(path, known))
-    return {name: _facts(arm, known["arms"][name]) for name, arm in arms.items()}
+    return _known(study, changes, known)
 
 
 def _same_conditions(rung: Rung, arm: Arm, dense: Experiment, sparse: Experiment) -> None:
@@ -89,11 +107,29 @@ def _same_conditions(rung: Rung, arm: Arm, dense: Experiment, sparse: Experiment
             )
 
 
-def read_facts(study: Study, changes: Mapping[str, str], folder: epath.Path) -> dict[str, Facts]:
-    """Those that were measured, by `slug`."""
-    known = (read_json(folder / "step_times.json") or {"arms": {}})["arms"]
-    arms = {slug(arm, changes): arm for arm in study.trained()}
-    return {name: _facts(arm, known[name]) for name, arm in arms.items() if name in known}
+def read_measured(study: Study, changes: Mapping[str, str], folder: epath.Path) -> Known:
+    """What `step_times.json` has."""
+    return _known(study, changes, read_json(folder / "step_times.json") or {"arms": {}})
+
+
+def _known(study: Study, changes: Mapping[str, str], found: Mapping[str, Any]) -> Known:
+    arms, errors = {slug(arm, changes): arm for arm in study.trained()}, found.get("errors", {})
+    facts = {name: _facts(arm, found["arms"][name]) for name, arm in arms.items() if name in found["arms"]}
+    has = lambda arm: slug(arm, changes) in facts
+    why = lambda arm: errors.get(slug(arm, changes)) or "not measured"
+    ladder, ablations, missing = [], [], []
+    for rung in study.ladder:
+        missing += [f"{placed(rung.name, arm.label)}: {why(arm)}" for arm in rung.arms if not has(arm)]
+        if has(rung.dense):
+            ladder.append(replace(rung, sparse=tuple(filter(has, rung.sparse))))
+        elif any(map(has, rung.sparse)):
+            missing.append(f"rung {rung.name}: there is no dense model to compare with")
+    for series in study.ablations:
+        if absent := [arm for arm in series.arms if not has(arm)]:
+            missing += [f"ablation of the {series.name}, {arm.label}: {why(arm)}" for arm in absent]
+        else:
+            ablations.append(series)
+    return Known(replace(study, ladder=tuple(ladder), ablations=tuple(ablations)), facts, tuple(missing))
 
 
 def _counted(arm: Arm, found: Effect) -> dict[str, Any]:

@@ -1,17 +1,14 @@
 """The report of a study: study.md with its figures and tables, written from the results alone."""
 
-import csv
-import io
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from axrepro.study import figures
+from axrepro.study import figures, tables
 from axrepro.study.bootstrap import Estimate
-from axrepro.study.results import SCORES, Facts, Finding, Predicted, Results, Row
+from axrepro.study.results import SCORES, Finding, Predicted, Results, Row
 from axrepro.study.study import Rule
 from axrepro.study.wording import (
     GAIN_FORMS,
@@ -39,9 +36,7 @@ def write(results: Results, folder: Path) -> None:
     """Writes study.md, and its figures and tables into study/ beside it; those of an earlier report that have become
     empty are removed. If something fails before all are on disk, the earlier report stays as it is.
     """
-    pictures = figures.draw(results)
-    tables = {name: _csv(rows) for name, rows in _tables(results).items()}
-    files = {**pictures, **{name: found for name, found in tables.items() if found}}
+    files = {**figures.draw(results), **tables.write(results)}
     text = page(results, files).encode()
     beside = folder / FOLDER
     beside.mkdir(parents=True, exist_ok=True)
@@ -55,7 +50,7 @@ def write(results: Results, folder: Path) -> None:
     finally:
         for path in scratch.values():
             path.unlink(missing_ok=True)
-    for name in (figures.FIGURES.keys() | tables.keys()) - files.keys():
+    for name in (figures.FIGURES.keys() | _TABLE_OF.keys()) - files.keys():
         (beside / name).unlink(missing_ok=True)
 
 
@@ -354,25 +349,13 @@ def _with_rules(rows: Iterable[Row]) -> Iterator[tuple[Row, list[str]]]:
     yield from runs.values()
 
 
-def _facts(results: Results) -> list[tuple[str, Facts]]:
-    """What was measured, once, with the rungs and series that have it."""
-    where: dict[tuple, dict[str, None]] = defaultdict(dict)
-    for row in results.rows:
-        where[figures.same(row.facts.arm)][row.rung] = None
-    for finding in results.findings:
-        for arm in finding.series.arms:
-            where[figures.same(arm)][finding.series.name] = None
-    found = {figures.same(facts.arm): facts for facts in (*(row.facts for row in results.rows), *results.facts)}
-    return [(", ".join(where[key]) or MISSING, facts) for key, facts in found.items()]
-
-
 def _step_times(results: Results) -> list[str]:
-    found = _facts(results)
+    found = results.measured()
     if not found:
         return []
     rows = (
         (
-            where,
+            where or MISSING,
             facts.arm.label,
             duration(facts.seconds),
             f"{duration(min(facts.rounds))} to {duration(max(facts.rounds))}" if facts.rounds else MISSING,
@@ -384,7 +367,7 @@ def _step_times(results: Results) -> list[str]:
     )
     header = ("where", "arm", "step time", "rounds", "tokens/s", "model TFLOP/s", "memory of a device")
     blocks = [_table(header, rows)]
-    profiled = [(where, facts.arm.label, facts.parts) for where, facts in found if facts.parts]
+    profiled = [(where or MISSING, facts.arm.label, facts.parts) for where, facts in found if facts.parts]
     if profiled:
         blocks += ["One profiled step of each, by part.", _parts_table(("where", "arm"), profiled)]
     return blocks
@@ -528,7 +511,7 @@ def _not_run(results: Results) -> list[str]:
         ),
         (not rows and not results.facts, "step times"),
         (
-            (rows or results.facts) and not any(facts.parts for _, facts in _facts(results)),
+            (rows or results.facts) and not any(facts.parts for _, facts in results.measured()),
             "profiles: the step times are not taken apart",
         ),
         (rows and not any(all(row.curves) and row.curves for row in rows), "losses during training"),
@@ -556,105 +539,3 @@ def _table(header: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """A header and the rows, with all digits; nothing if there are none."""
-    if not rows:
-        return b""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def _spread(name: str, estimate: Estimate | None) -> dict[str, float | None]:
-    """A value and its interval as three columns."""
-    names = (name, f"{name}_low", f"{name}_high")
-    values = (estimate.value, estimate.low, estimate.high) if estimate else (None,) * 3
-    return dict(zip(names, values, strict=True))
-
-
-def _tables(results: Results) -> dict[str, list[dict[str, Any]]]:
-    """The rows of every CSV file."""
-    return {
-        "ladder.csv": [_ladder_line(row) for row in results.rows],
-        "curves.csv": [
-            {**_cell(row), "seed": seed, "hours": hours, "loss": loss}
-            for row in results.rows
-            for seed, curve in zip(row.seeds, row.curves, strict=False)
-            for hours, loss in curve
-        ],
-        "loads.csv": [
-            {**_cell(row), "layer": layer, "place": place, "share": share}
-            for row in results.rows
-            for layer, shares in enumerate(row.loads)
-            for place, share in enumerate(shares)
-        ],
-        "step_times.csv": [line for where, facts in _facts(results) for line in _step_time_lines(where, facts)],
-        "ablations.csv": [line for finding in results.findings for line in _finding_lines(finding)],
-        "forecasts.csv": [line for one in results.predicted for line in _forecast_lines(one)],
-    }
-
-
-def _cell(row: Row) -> dict[str, Any]:
-    return {"rung": row.rung, "arm": row.facts.arm.label, "rule": row.rule}
-
-
-def _ladder_line(row: Row) -> dict[str, Any]:
-    facts = row.facts
-    line = {**_cell(row), "dense": row.dense, "total": facts.total, "active": facts.active, "outside": facts.outside}
-    line |= {"steps": row.steps, "tokens": row.tokens, "flops": row.flops, "hours": row.hours, "dropped": row.dropped}
-    line |= {**_spread("seconds", facts.seconds), **_spread("increase", row.increase)}
-    for score in SCORES:
-        line[f"{score}_by_seed"] = " ".join(map(str, row.by_seed.get(score, ())))
-    for kind in ("scores", "gain", "same_step_time"):
-        for score in SCORES:
-            line |= _spread(score if kind == "scores" else f"{kind}_{score}", getattr(row, kind).get(score))
-    return line | {"seeds": " ".join(map(str, row.seeds)), "missing": " ".join(map(str, row.missing))}
-
-
-def _step_time_lines(where: str, facts: Facts) -> Iterator[dict[str, Any]]:
-    """The step, its rounds, and the parts of one profiled step."""
-    changes = " ".join(f"{path}={value}" for path, value in facts.arm.changes)
-    start = {"where": where, "arm": facts.arm.label, "experiment": facts.arm.experiment, "changes": changes}
-    yield {**start, "kind": "step", "name": "median", **_spread("seconds", facts.seconds)}
-    for number, seconds in enumerate(facts.rounds):
-        yield {**start, "kind": "round", "name": str(number), "seconds": seconds}
-    for part, seconds in facts.parts.items():
-        yield {**start, "kind": "part", "name": part, "seconds": seconds}
-
-
-def _finding_lines(finding: Finding) -> Iterator[dict[str, Any]]:
-    """The value of each arm, then the change."""
-    expectation = finding.expectation
-    start = {"series": finding.series.name, "measure": expectation.measure, "expected": expectation.direction}
-    start["verdict"] = finding.verdict
-    for arm, value in zip(finding.series.arms, finding.values, strict=True):
-        yield {**start, "kind": "value", "arm": arm.label, "x": arm.x, **_spread("value", value)}
-    yield {**start, "kind": "change", **_spread("value", finding.change)}
-
-
-def _forecast_lines(one: Predicted) -> Iterator[dict[str, Any]]:
-    """The step with all that is known of it, then its parts."""
-    start = {"slice": one.slice, "where": one.where, "arm": one.arm.label, "x": one.arm.x, "dense": one.dense}
-    names = (
-        "seconds",
-        "increase",
-        "mfu",
-        "flops",
-        "tokens",
-        "total",
-        "active",
-        "outside",
-        "memory",
-        "capacity",
-        "fits",
-    )
-    line = {**start, "kind": "step", **{name: None if one.error else getattr(one, name) for name in names}}
-    line |= {f"training_tokens_{rule}": one.training_tokens.get(rule) for rule in RULE_WORDS}
-    mesh = " ".join(f"{axis}={size}" for axis, size in one.mesh.items())
-    yield {**line, "mesh": mesh, "part": None, "error": one.error}
-    for part, seconds in one.parts.items():
-        yield {**start, "kind": "part", "part": part, "seconds": seconds}

@@ -8,7 +8,7 @@ from axrepro.study.study import Arm, Expectation, Rule, Series
 
 SCORES = ("bits_per_byte", "accuracy", "choice")
 """Held-out: bits per byte (less is better), share of next tokens that were most probable, and share of questions in
-which the true continuation was the most probable of four."""
+which the context made the true continuation of four more probable than it made the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,3 +155,13 @@ class Results:
     findings: tuple[Finding, ...] = ()
     predicted: tuple[Predicted, ...] = ()
     not_run: tuple[str, ...] = ()
+
+    def measured(self) -> list[tuple[str, Facts]]:
+        """Every model that was measured, once, with the names of the rungs and series that have it."""
+        where: dict[tuple, dict[str, None]] = {}
+        found = {facts.arm.key: facts for facts in (*(row.facts for row in self.rows), *self.facts)}
+        places = [(row.facts.arm, row.rung) for row in self.rows]
+        places += [(arm, finding.series.name) for finding in self.findings for arm in finding.series.arms]
+        for arm, place in places:
+            where.setdefault(arm.key, {})[place] = None
+        return [(", ".join(where.get(key, ())), facts) for key, facts in found.items()]

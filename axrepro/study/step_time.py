@@ -3,7 +3,7 @@
 All are compiled first. Then they take turns: in each round every model takes some steps, and each round begins with
 another one, so that a machine that becomes slower or faster does so for all. A turn begins with steps that do not
 count. Between turns a model leaves the devices, so that models which fit one by one are compared even if they do not
-fit together.
+fit together. One that does not fit by itself is left out.
 """
 
 import time
@@ -18,6 +18,7 @@ import numpy as np
 from axrepro.study.breakdown import profiled_parts
 from axrepro.train.experiment import Experiment
 from axrepro.train.loop import build_program, compile_step
+from axrepro.train.out_of_memory import OutOfMemoryError, explain, is_out_of_memory
 
 T = TypeVar("T")
 WARM_UP = 2  # steps of each turn that do not count
@@ -38,15 +39,22 @@ class Measured:
 
 
 class _Turns:
-    """One model, ready to take steps on a batch of its own data."""
+    """One model, ready to take steps on a batch of its own data; raises OutOfMemoryError if it does not fit."""
 
     def __init__(self, experiment: Experiment):
         self._program = build_program(experiment)
         batches = experiment.data.batches("train", experiment.train.seed, self._program.run_mesh, experiment.rules)
         self._batch = next(batches)
         batches.close()
-        self._step = compile_step(self._program, self._batch)
         self._init = jax.jit(self._program.init, out_shardings=self._program.shardings)
+        compiled = None
+        try:
+            self._step = compiled = compile_step(self._program, self._batch)
+            self.take(1)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise explain(error, self._program, compiled) from error
 
     def take(self, steps: int) -> float:
         """Seconds per step of so many, after some that do not count."""
@@ -75,7 +83,7 @@ def in_turns(timed: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, lis
     """What each function returned in each round; every round begins with another one."""
     names = list(timed)
     found: dict[str, list[T]] = {name: [] for name in names}
-    for number in range(rounds):
+    for number in range(rounds if names else 0):
         first = number % len(names)
         for name in names[first:] + names[:first]:
             found[name].append(timed[name]())
@@ -84,22 +92,30 @@ def in_turns(timed: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, lis
 
 def measure(
     experiments: Mapping[str, Experiment], rounds: int, steps: int, tell: Callable[[str], None] = print
-) -> dict[str, Measured]:
-    """Step times of experiments, by name.
+) -> tuple[dict[str, Measured], dict[str, str]]:
+    """Step times of experiments by name, and of those that the devices have no memory for, what they said.
 
     Args:
       steps: of each experiment in each round.
     Raises:
-      UserError: for an experiment that does not fit the devices or its data.
+      UserError: for an experiment that does not fit the mesh or its data.
+      OutOfMemoryError: with several processes, which may not all have seen it.
     """
-    turns = {}
+    turns, failed = {}, {}
     for number, (name, experiment) in enumerate(experiments.items(), start=1):
         tell(f"compiling {name} ({number} of {len(experiments)})")
-        turns[name] = _Turns(experiment)
+        try:
+            turns[name] = _Turns(experiment)
+        except OutOfMemoryError as error:
+            if jax.process_count() > 1:
+                raise
+            failed[name] = str(error).split("\n")[0]
+            tell(f"{name} is left out: {failed[name]}")
     tell(f"measuring step times: {rounds} rounds of {steps} steps")
     times = in_turns({name: partial(turn.take, steps) for name, turn in turns.items()}, rounds)
     middle = lambda values: sorted(values)[len(values) // 2]
-    return {
+    found = {
         name: Measured(rounds=tuple(times[name]), parts=turn.parts(middle(times[name])), memory=turn.memory())
         for name, turn in turns.items()
     }
+    return found, failed

@@ -1,7 +1,6 @@
 """What a study compares. Studies are functions under experiments/ that return a `Study`, found like experiments."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from axrepro.errors import UserError, require, require_choice, require_positive, require_sizes
@@ -29,6 +28,11 @@ class Arm:
     x: float | None = None
 
     @property
+    def key(self) -> tuple[str, tuple[tuple[str, str], ...]]:
+        """Arms of one key are one model, whatever they are called."""
+        return self.experiment, self.changes
+
+    @property
     def name(self) -> str:
         """The experiment's, and what is changed."""
         return ",".join([self.experiment, *(f"{path.split('.')[-1]}={value}" for path, value in self.changes)])
@@ -36,11 +40,14 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Rung:
-    """A scale of the ladder: a dense model, and what is compared with it."""
+    """A scale of the ladder: a dense model, and what is compared with it, if anything.
+
+    A rung without mixtures makes the curve of dense models longer, on which all mixtures are read at their step time.
+    """
 
     name: str
     dense: Arm
-    sparse: tuple[Arm, ...]
+    sparse: tuple[Arm, ...] = ()
 
     @property
     def arms(self) -> tuple[Arm, ...]:
@@ -122,7 +129,7 @@ class Study:
     questions: int = 400
     rounds: int = 12
     round_steps: int = 10
-    outlook: Outlook = field(default_factory=Outlook)
+    outlook: Outlook = Outlook()
 
     def __post_init__(self):
         require_sizes(self, "ablation_steps", "questions", "rounds", "round_steps")
@@ -139,12 +146,11 @@ class Study:
             if len(set(labels)) < len(labels):
                 raise UserError(f"the rung {rung.name!r} has two arms of one label: {', '.join(labels)}")
 
-    def trained(self) -> Iterator[Arm]:
+    def trained(self) -> tuple[Arm, ...]:
         """Every arm that is trained, once."""
         arms = [arm for rung in self.ladder for arm in rung.arms]
         arms += [arm for series in self.ablations for arm in series.arms]
-        seen = set()
+        found: dict[tuple, Arm] = {}
         for arm in arms:
-            if (arm.experiment, arm.changes) not in seen:
-                seen.add((arm.experiment, arm.changes))
-                yield arm
+            found.setdefault(arm.key, arm)
+        return tuple(found.values())

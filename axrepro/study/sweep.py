@@ -67,7 +67,7 @@ class Cell:
     @property
     def key(self) -> tuple:
         """Cells of one key are one run, whatever the arm is called."""
-        return self.arm.experiment, self.arm.changes, self.steps, self.seed
+        return *self.arm.key, self.steps, self.seed
 
     @property
     def folder(self) -> str:

@@ -14,8 +14,9 @@ class OutOfMemoryError(RuntimeError):
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether it is an allocation that failed."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    """Whether it is an allocation that failed; INTERNAL where it came to light only when results were waited for."""
+    found = re.search("RESOURCE_EXHAUSTED|out of memory", str(error), re.IGNORECASE)
+    return isinstance(error, jax.errors.JaxRuntimeError) and found is not None
 
 
 def explain(error: Exception, program: Program, compiled) -> OutOfMemoryError:

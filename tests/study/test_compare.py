@@ -11,7 +11,7 @@ from axrepro.errors import UserError
 from axrepro.study.__main__ import main
 from axrepro.study.bootstrap import Estimate
 from axrepro.study.compare import assemble, verdict
-from axrepro.study.measured import read_facts, step_ratio
+from axrepro.study.measured import read_measured, step_ratio
 from axrepro.study.plan import Plan
 from axrepro.study.study import Arm, Expectation, Rung, Series, Study
 from axrepro.study.sweep import slug
@@ -79,7 +79,7 @@ def folder(tmp_path):
     known[slug(TIGHT, {})] = facts("tight", 1.25e6, 900)
     (tmp_path / "step_times.json").write_text(json.dumps({"device": "made up", "arms": known}))
     found = epath.Path(tmp_path)
-    plan = Plan(STUDY, read_facts(STUDY, {}, found), {})
+    plan = Plan(STUDY, read_measured(STUDY, {}, found).facts, {})
     for one in plan.cells():
         base = {"dense_s": 2.0, "dense_m": 1.0}.get(one.arm.experiment, 3.0 - 0.2 * np.log(one.steps))
         path = found / one.folder / "cell.json"
@@ -101,7 +101,7 @@ def test_budgets_and_the_reported_increase_are_of_one_ratio(folder):
 
 
 def test_step_times_of_different_sessions_are_not_paired(folder):
-    known = read_facts(STUDY, {}, folder)
+    known = read_measured(STUDY, {}, folder).facts
     moe, dense = known["moe_s"], known["dense_s"]
     other = replace(moe, session="another")
     assert step_ratio(other, dense).value == pytest.approx(moe.seconds.value / dense.seconds.value)
@@ -181,8 +181,29 @@ def test_runs_scored_on_other_documents_are_not_compared(folder):
 def test_what_was_not_measured_is_named_and_the_rest_compared(folder):
     more = replace(STUDY, ladder=(*STUDY.ladder, Rung(name="l", dense=replace(MOE, experiment="dense_l"), sparse=())))
     results = assemble("made_up", more, {}, folder)
-    assert "rung l: not measured" in results.not_run
+    assert "8 experts at l: not measured" in results.not_run
     assert {row.rung for row in results.rows} == {"s", "m"}
+
+
+def test_arms_without_memory_are_named_and_the_rest_compared(folder):
+    path = folder / "step_times.json"
+    record = json.loads(path.read_text())
+    large, two = (replace(MOE, label=f"{n} experts", changes=(("experts", f"{n}"),)) for n in (64, 2))
+    record["arms"][slug(two, {})] = record["arms"]["moe_s"]
+    record["errors"] = {"dense_m": "out of memory before the first step", slug(large, {}): "out of memory", "moe_s": ""}
+    del record["arms"]["dense_m"]
+    path.write_text(json.dumps(record))
+    wide = Series(name="experts", arms=(MOE, large), expected=STUDY.ablations[0].expected)
+    ladder = (replace(STUDY.ladder[0], sparse=(MOE, large)), replace(STUDY.ladder[1], sparse=(two,)))
+    results = assemble("made_up", replace(STUDY, ladder=ladder, ablations=(*STUDY.ablations, wide)), {}, folder)
+    assert results.not_run[:4] == (
+        "64 experts at s: out of memory",
+        "dense m: out of memory before the first step",
+        "rung m: there is no dense model to compare with",
+        "ablation of the experts, 64 experts: out of memory",
+    )
+    assert {row.facts.arm.label for row in results.rows} == {"dense s", "8 experts"}
+    assert len(results.findings) == 3
 
 
 def test_documents_that_training_gives_away_are_named(folder):

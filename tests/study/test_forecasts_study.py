@@ -6,16 +6,20 @@ from dataclasses import replace
 
 import jaxtyping
 import pytest
+from etils import epath
 
 from axrepro import registry
 from axrepro.core.config import override
 from axrepro.core.param import count_params
 from axrepro.errors import UserError
+from axrepro.study.__main__ import main
+from axrepro.study.files import write_json
 from axrepro.study.forecasts import forecast_all, read
 from axrepro.study.study import Arm, Outlook, Rung, Series, Study
 from axrepro.train.effect import effect
 from axrepro.train.experiment import on_hardware
 from experiments.moe_dense import _outlook
+from tests.buckets import register
 
 SLICE = "v5e-4"
 SMALL = (("method.model.dim", "64"), ("data.sequence_length", "64"), ("method.model.layers.unroll", "1"))
@@ -40,13 +44,13 @@ def unchecked():
 def made(tmp_path_factory):
     """(folder, what was told)."""
     pytest.importorskip("libtpu", reason="programs for TPUs need their compiler: pip install libtpu")
-    folder, told = tmp_path_factory.mktemp("study"), []
+    folder, told = epath.Path(tmp_path_factory.mktemp("study")), []
     forecast_all(OUTLOOK, {}, SLICE, folder, told.append)
     return folder, told
 
 
 def lines(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "forecasts" / f"{SLICE}.jsonl").read_text().splitlines()]
+    return json.loads((folder / "forecasts" / f"{SLICE}.json").read_text())
 
 
 def test_an_arm_that_does_not_fit_is_told_and_the_others_are_forecast(made):
@@ -84,35 +88,50 @@ def test_increase_and_budgets_follow_from_the_dense_model_of_the_rung(made):
     assert sparse.training_tokens["tokens"] == budget
 
 
-def test_again_does_nothing_more_and_a_line_cut_short_is_made_again(made, tmp_path):
-    (tmp_path / "forecasts").mkdir()
-    path = tmp_path / "forecasts" / f"{SLICE}.jsonl"
-    whole = (made[0] / "forecasts" / f"{SLICE}.jsonl").read_text()
+def test_again_does_nothing_more_and_what_is_missing_is_made(made, tmp_path):
+    folder, told = epath.Path(tmp_path), []
+    path = tmp_path / "forecasts" / f"{SLICE}.json"
+    path.parent.mkdir()
+    whole = (made[0] / "forecasts" / path.name).read_text()
     path.write_text(whole)
-    told = []
-    forecast_all(OUTLOOK, {}, SLICE, tmp_path, told.append)
+    forecast_all(OUTLOOK, {}, SLICE, folder, told.append)
     assert path.read_text() == whole
     assert ["three ways" in text for text in told] == [True]  # tried again, to the same end
-    path.write_text(whole[:-20])
-    assert len(read(tmp_path, Study(ladder=(), outlook=OUTLOOK), {})) == 3
-    forecast_all(OUTLOOK, {}, SLICE, tmp_path, told.append)
+    path.write_text(json.dumps(lines(tmp_path)[:-1]))
+    assert len(read(folder, Study(ladder=(), outlook=OUTLOOK), {})) == 3
+    forecast_all(OUTLOOK, {}, SLICE, folder, told.append)
     assert path.read_text() == whole
 
 
 def test_a_changed_experiment_is_forecast_anew(made, tmp_path):
+    folder = epath.Path(tmp_path)
     (tmp_path / "forecasts").mkdir()
     *kept, last = lines(made[0])
     stale = {**last, "config": "of another day", "seconds": 99.0}
-    (tmp_path / "forecasts" / f"{SLICE}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [*kept, stale]))
-    assert read(tmp_path, Study(ladder=(), outlook=OUTLOOK), {})[-1].seconds == 99.0
-    forecast_all(OUTLOOK, {}, SLICE, tmp_path, lambda text: None)
-    assert lines(tmp_path) == [*kept, stale, last]
-    assert read(tmp_path, Study(ladder=(), outlook=OUTLOOK), {})[-1].seconds == last["seconds"]
+    (tmp_path / "forecasts" / f"{SLICE}.json").write_text(json.dumps([*kept, stale]))
+    assert read(folder, Study(ladder=(), outlook=OUTLOOK), {})[-1].seconds == 99.0
+    forecast_all(OUTLOOK, {}, SLICE, folder, lambda text: None)
+    assert lines(tmp_path) == [*kept, last]
+    assert read(folder, Study(ladder=(), outlook=OUTLOOK), {})[-1].seconds == last["seconds"]
+
+
+def test_forecasts_and_their_report_may_be_in_a_bucket(made, capsys):
+    register()
+    folder = epath.Path("s3://forecasts/study")
+    write_json(folder / "forecasts" / f"{SLICE}.json", lines(made[0])[:-1])
+    forecast_all(OUTLOOK, {}, SLICE, folder, lambda text: None)
+    assert json.loads((folder / "forecasts" / f"{SLICE}.json").read_text()) == lines(made[0])
+    assert [path.name for path in (folder / "forecasts").iterdir()] == [f"{SLICE}.json"]
+    found = [read(where, Study(ladder=(), outlook=OUTLOOK), {}) for where in (folder, made[0])]
+    assert found[0] == found[1]
+    assert main(["moe_vs_dense", f"--workdir={folder}", "--report"]) == 0
+    assert "the report is s3://forecasts/study/study.md" in capsys.readouterr().out
+    assert "## What was not run" in (folder / "study.md").read_text()
 
 
 def test_a_slice_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(UserError, match="v5p-1026"):
-        forecast_all(OUTLOOK, {}, "v5p-1026", tmp_path, lambda text: None)
+        forecast_all(OUTLOOK, {}, "v5p-1026", epath.Path(tmp_path), lambda text: None)
     assert not list(tmp_path.iterdir())
 
 

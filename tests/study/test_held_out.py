@@ -107,10 +107,19 @@ def test_documents_and_questions_equal_a_loop_over_rows(kind):
     program = program_of(kind)
     params = params_of(program)
     questions = make_questions(DATA, 15)
-    arrays = (questions.tokens, questions.targets, questions.segment_ids, questions.positions)
-    bits = np.where(questions.mask, bits_by_row(program, params, *arrays), 0).sum(1).reshape(15, 4)
+    given = bits_by_row(
+        program, params, questions.tokens, questions.targets, questions.segment_ids, questions.positions
+    )
+    alone = np.zeros((4, 60, 80), np.int32)  # tokens, targets, segments and positions of rows that hold a choice alone
+    for row, mask in enumerate(questions.mask):
+        compared = mask.nonzero()[0]
+        tokens, targets = questions.tokens[row][compared], questions.targets[row][compared]
+        alone[:, row, : len(compared)] = tokens, targets, np.ones(len(compared)), range(len(compared))
+    given = np.where(questions.mask, given, 0).sum(1).reshape(15, 4)
+    alone = np.where(alone[2], bits_by_row(program, params, *alone), 0).sum(1).reshape(15, 4)
     answers = score_questions(program, params, questions)
-    np.testing.assert_array_equal(answers, bits.argmin(1) == questions.truth)
+    np.testing.assert_array_equal(answers, (alone - given).argmax(1) == questions.truth)
+    assert ((alone - given).argmax(1) != given.argmin(1)).any()  # what a choice is anywhere matters here
     assert answers.any()
     assert not answers.all()
 

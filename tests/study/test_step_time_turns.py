@@ -31,11 +31,19 @@ def test_drift_of_the_machine_cancels_where_blocks_would_blame_one_arm():
     assert statistics.fmean(blocks[1]) / statistics.fmean(blocks[0]) > 1.8
 
 
-def test_a_measurement_has_all_rounds_of_all_arms_and_their_parts():
+def test_a_measurement_has_all_rounds_of_all_arms_that_fit_and_their_parts():
     told = []
-    experiments = {"dense": override(dense_28k(), SMALL), "moe": override(moe_28k(), SMALL)}
-    found = measure(experiments, rounds=3, steps=1, tell=told.append)
+    large = {"data.sequence_length": "262144", "data.batch_size": "8"}  # a terabyte of attention
+    experiments = {
+        "large": override(dense_28k(), SMALL | large),
+        "dense": override(dense_28k(), SMALL),
+        "moe": override(moe_28k(), SMALL),
+    }
+    found, failed = measure(experiments, rounds=3, steps=1, tell=told.append)
     assert set(found) == {"dense", "moe"}
+    assert failed.keys() == {"large"}
+    assert failed["large"].startswith("out of memory")
+    assert told[1] == f"large is left out: {failed['large']}"
     for measured in found.values():
         assert len(measured.rounds) == 3
         assert min(measured.rounds) > 0

@@ -22,6 +22,7 @@ WRONG = {
     "moe_vs_dense --study.token=5": "has no field 'token'",
     "moe_vs_dense --study.rounds=many": "rounds='many' has the wrong type; it takes int",
     "moe_vs_dense --rungs=50k,5k": "no rung '5k'; did you mean '50k'?",
+    "moe_vs_dense --devices=0": "--devices=0 must be at least 1",
     "moe_vs_dense --plan --report": "--plan and --report are two things to do; give one of them",
     "moe_vs_dense --topology=v5p-1024 --plan": "--topology and --plan are two things to do",
     "moe_vs_dense --no_ladder --no_ablations": "leave nothing to train",

@@ -44,8 +44,9 @@ STUDY = replace(
 def finished(tmp_path_factory) -> tuple[epath.Path, Plan, list[str]]:
     """A small study, run whole."""
     folder, told = epath.Path(tmp_path_factory.mktemp("study")), []
-    facts = measure_all(STUDY, CHANGES, folder, HARDWARE, told.append)
-    plan = Plan(STUDY, facts, CHANGES)
+    known = measure_all(STUDY, CHANGES, folder, HARDWARE, told.append)
+    assert (known.study, known.missing) == (STUDY, ())
+    plan = Plan(STUDY, known.facts, CHANGES)
     assert sweep.run(plan.cells(), folder, HARDWARE, STUDY.questions, told.append) == {}
     return folder, plan, told
 
@@ -78,7 +79,7 @@ def test_a_cell_that_was_trained_with_other_settings_is_no_result_of_this_study(
 def test_step_times_are_measured_once_so_that_budgets_stay(finished):
     folder, plan, _ = finished
     told = []
-    assert measure_all(STUDY, CHANGES, folder, HARDWARE, told.append) == plan.facts
+    assert measure_all(STUDY, CHANGES, folder, HARDWARE, told.append).facts == plan.facts
     assert told == []
     path = folder / "step_times.json"
     text = path.read_text()

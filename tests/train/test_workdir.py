@@ -2,36 +2,17 @@
 
 import json
 
-import fsspec
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
 from axrepro.errors import UserError
 from axrepro.train.workdir import Workdir
 from axrepro.train.writers import Writers, read_metrics
-
-
-class Bucket(MemoryFileSystem):
-    """Object storage in memory, reached as s3://."""
-
-    protocol = "s3"
-    store = {}  # noqa: RUF012 (fsspec's interface)
-    pseudo_dirs = [""]  # noqa: RUF012
-    fails = False
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.removeprefix("s3:/").removeprefix("s3://"))
-
-    def _open(self, path, mode="rb", **kwargs):
-        if self.fails:
-            raise OSError("the network is away")
-        return super()._open(path, mode, **kwargs)
+from tests.buckets import Bucket, register
 
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    fsspec.register_implementation("s3", Bucket, clobber=True)
+    register()
 
 
 @pytest.fixture
