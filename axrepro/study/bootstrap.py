@@ -42,25 +42,10 @@ def difference(a: Scores, b: Scores, resamples: int = RESAMPLES) -> Estimate:
     return _combined([a, b], lambda a, b: a - b, resamples)
 
 
-def curve_difference(
-    point: Scores, curve: Sequence[Scores], x: float, xs: Values, resamples: int = RESAMPLES
-) -> Estimate | None:
-    """The `ratio` of a point at x less that of a curve, linear in log x between two neighbours; drawn all together.
-
-    Args:
-      curve: scores at each of `xs`, which may stand in any order.
-    Returns:
-      None where x lies outside of `xs`.
-    """
-    order = np.argsort(xs, kind="stable")
-    logs, at = np.log(np.asarray(xs, np.float64)[order]), math.log(x)
-    if not len(order) or not logs[0] <= at <= logs[-1]:
-        return None
-    right = int(np.searchsorted(logs, at))
-    left = max(right - 1, 0)
-    share = 1.0 if logs[right] == at else float((at - logs[left]) / (logs[right] - logs[left]))
-    read = lambda point, low, high: point - ((1 - share) * low + share * high)
-    return _combined([point, curve[order[left]], curve[order[right]]], read, resamples)
+def difference_between(a: Scores, lower: Scores, upper: Scores, share: float, resamples: int = RESAMPLES) -> Estimate:
+    """The `ratio` of a less what lies between two others, at so large a share of the upper one; drawn all together."""
+    read = lambda a, lower, upper: a - ((1 - share) * lower + share * upper)
+    return _combined([a, lower, upper], read, resamples)
 
 
 def median(values: Values, resamples: int = RESAMPLES) -> Estimate:

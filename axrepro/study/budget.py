@@ -1,9 +1,16 @@
 """How long each model trains, so that what is compared costs the same."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, get_args
 
 from axrepro.errors import UserError
-from axrepro.study.study import Rule
+
+Beside = Literal["wall_clock", "tokens", "flops"]
+BESIDE: tuple[Beside, ...] = get_args(Beside)
+"""The rules that give a mixture the budget of the dense model beside it."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ def dense_steps(cost: Cost, parameters: int, tokens_per_parameter: float, hours:
     return _whole(tokens / cost.tokens, f"{tokens:,.0f} tokens in batches of {cost.tokens:,}")
 
 
-def arm_steps(rule: Rule, cost: Cost, dense: Cost, steps_of_dense: int) -> int:
+def arm_steps(rule: Beside, cost: Cost, dense: Cost, steps_of_dense: int) -> int:
     """Steps that cost as much as those of the dense model under a rule.
 
     Raises:
@@ -40,7 +47,43 @@ def arm_steps(rule: Rule, cost: Cost, dense: Cost, steps_of_dense: int) -> int:
     return _whole(steps_of_dense * share(rule, cost, dense), f"the {rule} of {steps_of_dense} dense steps")
 
 
-def share(rule: Rule, cost: Cost, dense: Cost) -> float:
+@dataclass(frozen=True)
+class Between:
+    """A step time on the curve of dense models.
+
+    Attributes:
+      lower, upper: places of its neighbours on the curve as it was given.   share: of the upper one.
+      steps: of a dense model there.   growth: of the logarithm of steps over that of seconds.
+      width: of the logarithm of seconds from one to the other.
+    """
+
+    lower: int
+    upper: int
+    share: float
+    steps: int
+    growth: float
+    width: float
+
+
+def between(seconds: float, curve: Iterable[tuple[float, int]]) -> Between | None:
+    """Where a step time lies between two dense models; None if no two enclose it.
+
+    Steps are read on the straight line between the logarithms of both.
+
+    Args:
+      curve: (seconds per step, steps) of the dense models, in any order.
+    """
+    points = sorted((math.log(t), math.log(steps), place) for place, (t, steps) in enumerate(curve))
+    at = math.log(seconds)
+    for (left, fewer, lower), (right, more, upper) in pairwise(points):
+        if left <= at <= right and left < right:
+            share, growth = (at - left) / (right - left), (more - fewer) / (right - left)
+            steps = round(math.exp(fewer + growth * (at - left)))
+            return Between(lower, upper, share, steps, growth, right - left)
+    return None
+
+
+def share(rule: Beside, cost: Cost, dense: Cost) -> float:
     """Steps that a rule gives for one step of the dense model."""
     spent = {"wall_clock": dense.seconds / cost.seconds, "tokens": dense.tokens / cost.tokens}
     return {**spent, "flops": dense.flops / cost.flops}[rule]

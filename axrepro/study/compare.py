@@ -15,7 +15,7 @@ from axrepro.study.bootstrap import Estimate
 from axrepro.study.files import read_json
 from axrepro.study.measured import cost, read_measured, step_ratio
 from axrepro.study.plan import Plan
-from axrepro.study.results import SCORES, Facts, Finding, Results, Row
+from axrepro.study.results import SCORES, Finding, Results, Row
 from axrepro.study.step_time import WARM_UP
 from axrepro.study.study import Arm, Expectation, Rule, Rung, Series, Study
 from axrepro.study.sweep import read
@@ -46,24 +46,30 @@ def scores(cells: Sequence[Mapping[str, Any]]) -> dict[str, Pair]:
 
 def rows(study: Study, plan: Plan, folder: epath.Path) -> tuple[Row, ...]:
     """The ladder's table."""
-    found, cells = [], _Finished(plan, folder)
-    for rung in study.ladder:
-        for arm in rung.arms:
-            for rule in study.rules:
-                found.append(_row(study, plan, cells, rung, arm, rule))
-    return tuple(found)
+    finished = _Finished(plan, folder, study.seeds)
+    sparse = [(rung, arm) for rung in study.ladder for arm in rung.sparse]
+    applied = [rule for rule in study.rules if any(plan.steps(*where, rule) for where in sparse)]
+    return tuple(
+        _row(study, plan, finished, rung, arm, rule, steps)
+        for rung in study.ladder
+        for arm in rung.arms
+        for rule in applied or study.rules
+        if (steps := plan.steps(rung, arm, rule)) is not None
+    )
 
 
 class _Finished:
     """Finished cells, each read once."""
 
-    def __init__(self, plan: Plan, folder: epath.Path):
-        self._plan, self._folder, self._read = plan, folder, {}
+    def __init__(self, plan: Plan, folder: epath.Path, seeds: Sequence[int]):
+        self._plan, self._folder, self._seeds, self._read = plan, folder, seeds, {}
 
-    def __call__(self, arm: Arm, steps: int, seeds: Sequence[int]) -> dict[int, dict[str, Any]]:
+    def __call__(self, arm: Arm, steps: int | None) -> dict[int, dict[str, Any]]:
         """By seed; those that are not finished are left out."""
-        found = {}
-        for seed in seeds:
+        found: dict[int, dict[str, Any]] = {}
+        if steps is None:
+            return found
+        for seed in self._seeds:
             cell = self._plan.cell(arm, steps, seed)
             if cell.folder not in self._read:
                 self._read[cell.folder] = read(cell, self._folder)
@@ -72,25 +78,21 @@ class _Finished:
         return found
 
 
-def _row(study: Study, plan: Plan, finished: _Finished, rung: Rung, arm: Arm, rule: Rule) -> Row:
+def _row(study: Study, plan: Plan, finished: _Finished, rung: Rung, arm: Arm, rule: Rule, steps: int) -> Row:
     facts, dense_facts = plan.of(arm), plan.of(rung.dense)
-    steps = plan.steps(rung, arm, rule)
-    cells = finished(arm, steps, study.seeds)
-    is_dense = arm == rung.dense
-    dense = finished(rung.dense, plan.steps(rung, rung.dense, rule), study.seeds)
-    both = [seed for seed in study.seeds if seed in cells and seed in dense]
+    cells, is_dense = finished(arm, steps), arm == rung.dense
     pairs = scores(list(cells.values())) if cells else {}
-    gain, same, increase = {}, {}, None
+    gain, increase = {}, None
     if not is_dense:
         ratio = step_ratio(facts, dense_facts)
         increase = Estimate(ratio.value - 1, ratio.low - 1, ratio.high - 1)
-        if both:
-            ours, theirs = scores([cells[s] for s in both]), scores([dense[s] for s in both])
-            gain = {name: bootstrap.difference(ours[name], theirs[name]) for name in SCORES}
-            same = _at_same_step_time(study, plan, finished, rule, facts, cells)
-        if gain and rule == "wall_clock":
-            runs = {n: finished(arm, n, study.seeds) for n in {plan.steps(rung, arm, rule) for rule in study.rules}}
-            gain = _widened(gain, steps, ratio, runs)
+        slopes = _slopes(steps, {n: finished(arm, n) for one in study.rules if (n := plan.steps(rung, arm, one))})
+        if rule == "step_time":
+            gain = _gain_at_step_time(study, plan, finished, rung, arm, cells, slopes, ratio)
+        else:
+            gain = _gain(cells, finished(rung.dense, plan.steps(rung, rung.dense, rule)))
+            if rule == "wall_clock":
+                gain = _widened(gain, {name: -slope for name, slope in slopes.items()}, ratio)
     hours = lambda step: step * cost(facts, dense_facts).seconds / 3600
     return Row(
         rung=rung.name,
@@ -105,7 +107,6 @@ def _row(study: Study, plan: Plan, finished: _Finished, rung: Rung, arm: Arm, ru
         scores={name: bootstrap.ratio(*pairs[name]) for name in pairs},
         by_seed={name: tuple((above.sum(1) / below.sum(1)).tolist()) for name, (above, below) in pairs.items()},
         gain=gain,
-        same_step_time=same,
         seeds=tuple(cells),
         missing=tuple(seed for seed in study.seeds if seed not in cells),
         commands=_commands(plan, [(arm, steps, cells)]),
@@ -116,30 +117,74 @@ def _row(study: Study, plan: Plan, finished: _Finished, rung: Rung, arm: Arm, ru
     )
 
 
-def _widened(
-    gain: Mapping[str, Estimate], steps: int, ratio: Estimate, runs: Mapping[int, Mapping[int, Mapping[str, Any]]]
-) -> dict[str, Estimate]:
-    """Gains at equal wall clock with what the interval of the ratio of step times adds to their intervals.
+Cells = Mapping[int, Mapping[str, Any]]  # of one arm and number of steps, by seed
 
-    Another ratio would have given other numbers of steps; what they change follows from the line, over the logarithm of
-    steps, through these runs and those of the arm whose number of steps is nearest to them.
+
+def _gain(cells: Cells, dense: Cells) -> dict[str, Estimate]:
+    """Scores less those of the dense model beside it, of the seeds that both have."""
+    both = [seed for seed in cells if seed in dense]
+    if not both:
+        return {}
+    ours, theirs = scores([cells[s] for s in both]), scores([dense[s] for s in both])
+    return {name: bootstrap.difference(ours[name], theirs[name]) for name in SCORES}
+
+
+def _gain_at_step_time(
+    study: Study,
+    plan: Plan,
+    finished: _Finished,
+    rung: Rung,
+    arm: Arm,
+    cells: Cells,
+    slopes: Mapping[str, float],
+    ratio: Estimate,
+) -> dict[str, Estimate]:
+    """Scores less those of a dense model of the same step time, read between two rungs."""
+    place = plan.between(rung, arm)
+    assert place is not None
+    around = [study.ladder[one] for one in (place.lower, place.upper)]
+    lower, upper = (finished(one.dense, plan.steps(one, one.dense, "step_time")) for one in around)
+    seeds = [seed for seed in cells if seed in lower and seed in upper]
+    if not seeds:
+        return {}
+    ours, below, above = (scores([one[s] for s in seeds]) for one in (cells, lower, upper))
+    gain = {name: bootstrap.difference_between(ours[name], below[name], above[name], place.share) for name in SCORES}
+    # a longer step means more steps of ours, and a better dense model
+    dense = {name: (_mean(above[name]) - _mean(below[name])) / place.width for name in SCORES}
+    return _widened(gain, {name: place.growth * slope - dense[name] for name, slope in slopes.items()}, ratio)
+
+
+def _mean(pair: Pair) -> float:
+    return float((pair[0].sum(1) / pair[1].sum(1)).mean())
+
+
+def _slopes(steps: int, runs: Mapping[int, Cells]) -> dict[str, float]:
+    """Of an arm's scores over the logarithm of its steps: of the line through these runs and those whose number of
+    steps is nearest to them; {} if there are no others.
 
     Args:
-      runs: the arm's cells by steps and seed.
+      runs: the arm's cells by steps.
     """
     others = [n for n in runs if n != steps and set(runs[n]) & set(runs[steps])]
     if not others:
-        return dict(gain)
+        return {}
     other = min(others, key=lambda n: abs(math.log(n / steps)))
     seeds = sorted(set(runs[other]) & set(runs[steps]))
     here, there = (scores([runs[n][seed] for seed in seeds]) for n in (steps, other))
-    mean = lambda pair: float((pair[0].sum(1) / pair[1].sum(1)).mean())
-    found = {}
-    for name, estimate in gain.items():
-        slope = (mean(there[name]) - mean(here[name])) / math.log(other / steps)
-        shifts = [slope * math.log(ratio.value / end) for end in (ratio.low, ratio.high)]
-        low, high = min(0.0, *shifts), max(0.0, *shifts)
-        found[name] = Estimate(estimate.value, estimate.low + low, estimate.high + high)
+    return {name: (_mean(there[name]) - _mean(here[name])) / math.log(other / steps) for name in SCORES}
+
+
+def _widened(gain: Mapping[str, Estimate], slopes: Mapping[str, float], ratio: Estimate) -> dict[str, Estimate]:
+    """Gains with what the interval of the ratio of step times adds to their intervals.
+
+    Args:
+      slopes: of the gains over the logarithm of the ratio, by which budgets go.
+    """
+    found = dict(gain)
+    for name in gain.keys() & slopes.keys():
+        shifts = [slopes[name] * math.log(end / ratio.value) for end in (ratio.low, ratio.high)]
+        one, low, high = gain[name], min(0.0, *shifts), max(0.0, *shifts)
+        found[name] = Estimate(one.value, one.low + low, one.high + high)
     return found
 
 
@@ -152,25 +197,6 @@ def _commands(plan: Plan, runs: Iterable[tuple[Arm, int, Mapping[int, Mapping[st
             command = run.command(f"runs/again/{run.folder.removeprefix('cells/')}")
             found[f"{command}  # eval/bits_per_byte {cell['scalars']['eval/bits_per_byte']:.4f}"] = None
     return tuple(found)
-
-
-def _at_same_step_time(study, plan, finished, rule, facts: Facts, cells: Mapping[int, Mapping]) -> dict[str, Estimate]:
-    """Scores less those of the dense models, read between two of them at this step time."""
-    curve = []
-    for rung in study.ladder:
-        dense = finished(rung.dense, plan.steps(rung, rung.dense, rule), study.seeds)
-        curve.append((plan.of(rung.dense).seconds.value, dense))
-    seeds = [seed for seed in cells if all(seed in dense for _, dense in curve)]
-    if not seeds or len(curve) < 2:
-        return {}
-    curve.sort(key=lambda point: point[0])
-    ours = scores([cells[s] for s in seeds])
-    theirs = [scores([dense[s] for s in seeds]) for _, dense in curve]
-    found = {}
-    for name in SCORES:
-        xs = [x for x, _ in curve]
-        found[name] = bootstrap.curve_difference(ours[name], [t[name] for t in theirs], facts.seconds.value, xs)
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def _named(values: Mapping[str, Any], name: str) -> list:
@@ -195,9 +221,9 @@ def _loads(cells) -> tuple[tuple[float, ...], ...]:
 
 def findings(study: Study, plan: Plan, folder: epath.Path) -> tuple[Finding, ...]:
     """Whether what was expected of the ablations held; of those whose cells are finished."""
-    finished, found = _Finished(plan, folder), []
+    finished, found = _Finished(plan, folder, study.seeds), []
     for series in study.ablations:
-        cells = [finished(arm, study.ablation_steps, study.seeds) for arm in series.arms]
+        cells = [finished(arm, study.ablation_steps) for arm in series.arms]
         seeds = [seed for seed in study.seeds if all(seed in one for one in cells)]
         for expectation in series.expected:
             if seeds or expectation.measure == "step_time":
@@ -332,9 +358,9 @@ def _conditions(record: Mapping[str, Any], study: Study, changes: Mapping[str, s
 
 def _not_run(study: Study, plan: Plan, folder: epath.Path) -> Iterator[str]:
     """Ablations that are not finished; what is missing of the ladder, a row tells itself."""
-    finished = _Finished(plan, folder)
+    finished = _Finished(plan, folder, study.seeds)
     for series in study.ablations:
         for arm in series.arms:
-            found = finished(arm, study.ablation_steps, study.seeds)
+            found = finished(arm, study.ablation_steps)
             if missing := [str(seed) for seed in study.seeds if seed not in found]:
                 yield f"ablation of the {series.name}, {arm.label}: seeds {', '.join(missing)}"

@@ -28,7 +28,7 @@ _DENSE = "#000000"
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#332288", "#8C6D31"]
 """The first seven are of Okabe and Ito, for the colour-blind."""
 _OTHER = "#B4B4B4"
-_LINES = {"wall_clock": "-", "tokens": "--", "flops": ":"}
+_LINES = {"wall_clock": "-", "step_time": "-.", "tokens": "--", "flops": ":"}
 _VERDICTS = {"held": "#00684C", "did not hold": "#A34700", "open": "#444444"}
 _STYLE = {
     "font.size": 10,
@@ -127,7 +127,7 @@ def _speed_accuracy(results: Results):
     unit = clock(min(times))
     spread = max(max(times) / min(times), 1.5)
     left = min(times) / spread ** (0.05 + 0.03 * max(len(row.rung) for row in rows))  # room for the names of rungs
-    figure, grid = _grid(len(rules), len(scores), 4.2, 3.2, sharex=True, sharey="col")
+    figure, grid = _grid(len(rules), len(scores), 4.2, 2.7, sharex=True, sharey="col")
     for (down, rule), (across, score) in product(enumerate(rules), enumerate(scores)):
         axes, form, less = grid[down, across], SCORE_FORMS[score], score == "bits_per_byte"
         lines: dict[str, list[Row]] = defaultdict(list)

@@ -15,10 +15,10 @@ from axrepro.aot.slices import Slice, find_slice
 from axrepro.core.config import to_json
 from axrepro.errors import UserError
 from axrepro.launch import configured
-from axrepro.study.budget import Cost, share
+from axrepro.study.budget import BESIDE, Cost, share
 from axrepro.study.files import read_json, write_json
 from axrepro.study.results import Predicted
-from axrepro.study.study import RULES, Arm, Outlook, Study
+from axrepro.study.study import Arm, Outlook, Rule, Study
 from axrepro.train.experiment import Experiment
 from axrepro.train.hardware import slice_name
 
@@ -141,11 +141,12 @@ def _predicted(
 ) -> Predicted:
     names = ("seconds", "parts", "mfu", "flops", "tokens", "total", "active", "outside", "memory", "capacity", "mesh")
     figures = {name: line.get(name, {} if name in ("parts", "mesh") else 0) for name in names}
-    increase, tokens = None, {}
+    increase = None
+    tokens: dict[Rule, float] = {}
     if base is not None and "error" not in base and "error" not in line:
         budget = tokens_per_parameter * base["outside"]
         cost, of_base = (Cost(one["tokens"], one["flops"], one["seconds"]) for one in (line, base))
-        tokens = {rule: budget * share(rule, cost, of_base) * cost.tokens / of_base.tokens for rule in RULES}
+        tokens = {rule: budget * share(rule, cost, of_base) * cost.tokens / of_base.tokens for rule in BESIDE}
         increase = None if dense else line["seconds"] / base["seconds"] - 1
     return Predicted(
         slice=topology,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from axrepro.study.budget import arm_steps, dense_steps
+from axrepro.study.budget import Between, arm_steps, between, dense_steps
 from axrepro.study.measured import cost
 from axrepro.study.results import Facts
 from axrepro.study.study import Arm, Rule, Rung, Study
@@ -23,12 +23,26 @@ class Plan:
         """The facts of an arm."""
         return self.facts[slug(arm, self.changes)]
 
-    def steps(self, rung: Rung, arm: Arm, rule: Rule) -> int:
-        """Of an arm of a rung under a rule."""
+    def steps(self, rung: Rung, arm: Arm, rule: Rule) -> int | None:
+        """Of an arm of a rung under a rule; None where the rule says nothing of it."""
         study, dense = self._study, self.of(rung.dense)
         of_dense = cost(dense, dense)
         base = dense_steps(of_dense, dense.outside, study.tokens_per_parameter, study.hours)
-        return base if arm == rung.dense else arm_steps(rule, cost(self.of(arm), dense), of_dense, base)
+        if arm == rung.dense:
+            return base
+        if rule == "step_time":
+            place = self.between(rung, arm)
+            return None if place is None else place.steps
+        return arm_steps(rule, cost(self.of(arm), dense), of_dense, base)
+
+    def between(self, rung: Rung, arm: Arm) -> Between | None:
+        """Where the step time of an arm lies on the curve of the ladder's dense models, whose places are those of the
+        rungs; None if no two of them enclose it.
+        """
+        dense = [self.of(one.dense) for one in self._study.ladder]
+        steps = [self.steps(one, one.dense, "step_time") for one in self._study.ladder]
+        curve = [(facts.seconds.value, n) for facts, n in zip(dense, steps, strict=True) if n is not None]
+        return between(cost(self.of(arm), self.of(rung.dense)).seconds, curve)
 
     def cell(self, arm: Arm, steps: int, seed: int) -> Cell:
         """A run."""
@@ -40,8 +54,9 @@ class Plan:
         for seed in study.seeds:
             for rung in study.ladder:
                 for arm in rung.arms:
-                    for rule in study.rules:
-                        yield self.cell(arm, self.steps(rung, arm, rule), seed)
+                    for steps in (self.steps(rung, arm, rule) for rule in study.rules):
+                        if steps is not None:
+                            yield self.cell(arm, steps, seed)
         for seed in study.seeds:
             for series in study.ablations:
                 for arm in series.arms:

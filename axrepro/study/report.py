@@ -92,8 +92,8 @@ _CAPTIONS = {
     "speed_accuracy.png": (
         "Ladder",
         "How to read: a mark of a mixture that lies on the better side of the line of dense models is better than a "
-        "dense model of its step time would be; each model was trained by the budget of its own rung. The rows of "
-        "panels differ in how long the mixtures were trained.",
+        "dense model of its step time would be. The rows of panels differ in how long the mixtures were trained; at "
+        "equal step time that is as long as a dense model on the line below or above the mark.",
     ),
     "loss_wall_clock.png": (
         "Ladder",
@@ -147,23 +147,20 @@ def _verdict(score: str, gain: Estimate) -> str:
     return "not decided"
 
 
-def _judged(rows: Iterable[Row], rule: Rule, score: str, against: str = "gain") -> dict[str, list[Row]]:
+def _judged(rows: Iterable[Row], rule: Rule, score: str) -> dict[str, list[Row]]:
     """Sparse rows of a rule by verdict."""
     found: dict[str, list[Row]] = {"better": [], "worse": [], "not decided": []}
     for row in rows:
-        gains = getattr(row, against)
-        if row.rule == rule and not row.dense and score in gains:
-            found[_verdict(score, gains[score])].append(row)
+        if row.rule == rule and not row.dense and score in row.gain:
+            found[_verdict(score, row.gain[score])].append(row)
     return found
 
 
-def _told(judged: Mapping[str, Sequence[Row]], score: str, against: str = "gain") -> str:
+def _told(judged: Mapping[str, Sequence[Row]], score: str) -> str:
     """ "better are A at small +1.0 (...), B at small +1.1 (...); not decided are ..." """
     lists = []
     for verdict, rows in judged.items():
-        gains = (
-            f"{_name(row)} {GAIN_FORMS[score].interval(getattr(row, against)[score], signed=True)}" for row in rows
-        )
+        gains = (f"{_name(row)} {GAIN_FORMS[score].interval(row.gain[score], signed=True)}" for row in rows)
         if rows:
             lists.append(f"{verdict} {'are' if len(rows) > 1 else 'is'} {', '.join(gains)}")
     return "; ".join(lists)
@@ -173,24 +170,33 @@ def _name(row: Row) -> str:
     return placed(row.rung, row.facts.arm.label)
 
 
+def _lead(judged: Mapping[str, Sequence[Row]], at: str) -> str:
+    """What the verdicts of a rule come to."""
+    compared = sum(map(len, judged.values()))
+    better, worse, open_ = (len(judged[verdict]) for verdict in ("better", "worse", "not decided"))
+    if not compared:
+        return f"Nothing can be said yet about {at}: no mixture was scored beside a dense model."
+    if better == compared:
+        return f"At {at}, mixtures of experts were better than dense models."
+    if worse == compared:
+        return f"At {at}, mixtures of experts were worse than dense models."
+    if open_ == compared:
+        return f"It is not decided whether mixtures of experts beat dense models at {at}."
+    if not better:
+        return f"At {at}, no mixture of experts was better than the dense one, and not all are decided."
+    if not worse:
+        return f"At {at}, no mixture of experts was worse than the dense one, and not all are decided."
+    return f"It depends on the model whether mixtures of experts beat dense models at {at}."
+
+
 def _answer(results: Results) -> list[str]:
     rows = results.rows
-    main = _judged(rows, "wall_clock", "bits_per_byte")
+    main, same = (_judged(rows, rule, "bits_per_byte") for rule in ("wall_clock", "step_time"))
     compared = sum(map(len, main.values()))
-    lead = "It depends on the model whether mixtures of experts beat dense models at equal wall clock."
-    if not compared:
-        lead = "Nothing can be said yet about equal wall clock: no mixture was scored beside its dense model."
-    elif len(main["better"]) == compared:
-        lead = "At equal wall clock, mixtures of experts were better than dense models."
-    elif len(main["worse"]) == compared:
-        lead = "At equal wall clock, mixtures of experts were worse than dense models."
-    elif len(main["not decided"]) == compared:
-        lead = "It is not decided whether mixtures of experts beat dense models at equal wall clock."
-    elif not main["better"]:
-        lead = "At equal wall clock, no mixture of experts was better than its dense model, and not all are decided."
-    elif not main["worse"]:
-        lead = "At equal wall clock, no mixture of experts was worse than its dense model, and not all are decided."
-    said = [f"**{lead}**"]
+    leads = [_lead(main, RULE_WORDS["wall_clock"])]
+    if any(same.values()):
+        leads.append(_lead(same, RULE_WORDS["step_time"]))
+    said = [f"**{' '.join(leads)}**"]
     if compared:
         said.append(
             "In held-out bits per byte less those of the dense model of the rung (below 0 is better, and it is not "
@@ -202,11 +208,10 @@ def _answer(results: Results) -> list[str]:
             counted = ", ".join(f"{number} {verdict}" for verdict, number in numbers.items() if number)
             said.append(f"By {SCORE_WORDS[score]}: {counted}.")
     said += _only_at_equal_tokens(rows)
-    told = _told(_judged(rows, "wall_clock", "bits_per_byte", "same_step_time"), "bits_per_byte", "same_step_time")
-    if told:
+    if told := _told(same, "bits_per_byte"):
         said.append(
-            "In bits per byte less those of a dense model of the same step time, read between two rungs and each "
-            f"trained by the budget of its own rung, {told}."
+            "At equal step time, so with as many steps, tokens and seconds as a dense model whose step takes as long "
+            f"(read between two rungs), {told}."
         )
     return [" ".join(said), *_blame(rows), _intervals(results)]
 
@@ -252,9 +257,10 @@ def _intervals(results: Results) -> str:
     seeds = {len(row.seeds) for row in results.rows if row.seeds}
     text = (
         "How intervals were made: they are of 95 %. Those of scores and gains are bootstraps over seeds and documents, "
-        "with sparse and dense runs paired; at equal wall clock they are widened by what the ends of the interval of "
-        "the ratio of step times would change, along the line through the arm's own runs. Those of step times are of "
-        "medians over rounds of measurement; those of routers in the ablations are Student's over seeds."
+        "with sparse and dense runs paired; at equal wall clock and equal step time they are widened by what the ends "
+        "of the interval of the ratio of step times would change, along the line through the arm's own runs. Those of "
+        "step times are of medians over rounds of measurement; those of routers in the ablations are Student's over "
+        "seeds."
     )
     if seeds and max(seeds) == 1:
         text += " With one seed they say nothing about how results vary between seeds."
@@ -319,25 +325,20 @@ def _ladder(results: Results) -> list[str]:
             ),
         ),
     ]
-    sparse = [row for row in rows if not row.dense]
-    for against, title in (
-        ("gain", "Scores less those of the dense model of the same rung."),
-        ("same_step_time", "Scores less those of dense models at the same step time, read between two rungs."),
-    ):
-        found = [row for row in sparse if getattr(row, against)]
-        if found:
-            blocks += [
-                title,
-                _table(("rung", "arm", "at", *(SCORE_WORDS[score] for score in SCORES)), _gains(found, against)),
-            ]
+    if gains := list(_gains(rows)):
+        blocks += [
+            "Scores less those of the dense model of the same rung; at equal step time, less those of a dense model of "
+            "this step time, read between two rungs.",
+            _table(("rung", "arm", "at", *(SCORE_WORDS[score] for score in SCORES)), gains),
+        ]
     return blocks
 
 
-def _gains(rows: Iterable[Row], against: str) -> Iterator[tuple[str, ...]]:
+def _gains(rows: Iterable[Row]) -> Iterator[tuple[str, ...]]:
     for row in rows:
-        gains = getattr(row, against)
-        told = (GAIN_FORMS[score].interval(gains.get(score), signed=True) for score in SCORES)
-        yield row.rung, row.facts.arm.label, RULE_WORDS[row.rule], *told
+        told = (GAIN_FORMS[score].interval(row.gain.get(score), signed=True) for score in SCORES)
+        if row.gain:
+            yield row.rung, row.facts.arm.label, RULE_WORDS[row.rule], *told
 
 
 def _with_rules(rows: Iterable[Row]) -> Iterator[tuple[Row, list[str]]]:
@@ -486,15 +487,15 @@ def _not_run(results: Results) -> list[str]:
     """What was left out, has failed, or is missing from the sections above."""
     rows, lines = results.rows, list(results.not_run)
     sparse = [row for row in rows if not row.dense]
-    rungs = dict.fromkeys(row.rung for row in rows)
     for row, rules in _with_rules(rows):
         if row.missing:
             lines.append(f"{_name(row)}, {', '.join(rules)}: seeds {', '.join(map(str, row.missing))} are missing")
         if not row.dense and row.seeds and not row.gain:
-            lines.append(f"{_name(row)}, {', '.join(rules)}: not compared with the dense model of its rung")
-    outside = dict.fromkeys(_name(row) for row in sparse if row.gain and not row.same_step_time)
-    if len(rungs) > 1 and outside and any(row.same_step_time for row in sparse):
-        lines.append(f"comparisons at the same step time, which no two dense models enclose: {', '.join(outside)}")
+            lines.append(f"{_name(row)}, {', '.join(rules)}: not compared with a dense model")
+    enclosed = {_name(row) for row in sparse if row.rule == "step_time"}
+    outside = dict.fromkeys(_name(row) for row in sparse if _name(row) not in enclosed)
+    if enclosed and outside:
+        lines.append(f"training at the step time of dense models, of which no two enclose it: {', '.join(outside)}")
     lines += [
         f"forecast of {one.arm.label} ({one.where}) on {one.slice}: {one.error}"
         for one in results.predicted
@@ -504,11 +505,7 @@ def _not_run(results: Results) -> list[str]:
         (not results.conditions, "no conditions are recorded"),
         (not any(row.seeds for row in rows), "the ladder: no run has finished"),
         (rows and not sparse, "mixtures of experts on the ladder: there is nothing to compare the dense models with"),
-        (len(rungs) == 1, "more than one rung: nothing can be read off at the same step time"),
-        (
-            len(rungs) > 1 and sparse and not any(row.same_step_time for row in sparse),
-            "dense models with step times on both sides of a mixture's",
-        ),
+        (sparse and not enclosed, "training at equal step time: it takes dense models with shorter and longer steps"),
         (not rows and not results.facts, "step times"),
         (
             (rows or results.facts) and not any(facts.parts for _, facts in results.measured()),
@@ -523,7 +520,7 @@ def _not_run(results: Results) -> list[str]:
         if condition:
             lines.append(line)
     for rule, words in RULE_WORDS.items():
-        if sparse and not any(row.rule == rule for row in sparse):
+        if rule != "step_time" and sparse and not any(row.rule == rule for row in sparse):
             lines.append(f"training at {words}")
     return lines or ["Nothing was left out."]
 

@@ -45,10 +45,9 @@ class Row:
       increase: of the step time over the dense model's: 0.2 is 20 % more; None for the dense one.
       steps, tokens, flops, hours: of the whole training; hours at the dense model's step time times the increase.
       scores: means, by name in `SCORES`, with intervals over seeds and documents.
-      gain: score less that of the dense model of the same rung, paired; {} for the dense one. Its interval at equal
-        wall clock has that of the ratio of step times in it.
-      same_step_time: score less that of the dense models read at this step time, between two of them on a logarithmic
-        axis; {} outside of their range and for the dense ones.
+      gain: score less that of the dense model of the same rung, paired; at equal step time, less that of a dense model
+        of this step time, read between two rungs on a logarithmic axis; {} for dense ones. Where budgets follow from
+        the ratio of step times, its interval is in this one.
       seeds: those that are finished.   missing: those that are not.
       by_seed: scores of each of `seeds`.
       commands: that repeat the run, by seed, each with what it prints at its end.
@@ -69,7 +68,6 @@ class Row:
     increase: Estimate | None
     scores: Mapping[str, Estimate]
     gain: Mapping[str, Estimate]
-    same_step_time: Mapping[str, Estimate]
     seeds: tuple[int, ...]
     missing: tuple[int, ...]
     commands: tuple[str, ...]

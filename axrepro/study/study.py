@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from axrepro.errors import UserError, require, require_choice, require_positive, require_sizes
 
-Rule = Literal["wall_clock", "tokens", "flops"]
+Rule = Literal["wall_clock", "step_time", "tokens", "flops"]
 RULES: tuple[Rule, ...] = get_args(Rule)
 Measure = Literal["step_time", "bits_per_byte", "dropped", "busiest", "router_logits"]
 Direction = Literal["falls", "rises", "stays"]
@@ -107,8 +107,9 @@ class Study:
 
     Attributes:
       ladder: what is trained, by scale.
-      rules: how much training a sparse model gets beside its dense one: the same "wall_clock" at the measured step
-        times, the same "tokens", or the same model "flops".
+      rules: how much training a sparse model gets: the same "wall_clock" at the measured step times as the dense model
+        of its rung, the same "tokens", or the same model "flops"; or as many steps as a dense model of the same
+        "step_time" would get, which is read between two rungs: then wall clock and tokens are equal, too.
       tokens_per_parameter: of the dense models, per parameter outside the embedding (20: Hoffmann et al.,
         arXiv:2203.15556); decides how long they train, unless `hours` is set.
       hours: wall clock of each dense model in place of that.

@@ -48,9 +48,8 @@ def _ladder_line(row: Row) -> dict[str, Any]:
     line |= {**_spread("seconds", facts.seconds), **_spread("increase", row.increase)}
     for score in SCORES:
         line[f"{score}_by_seed"] = " ".join(map(str, row.by_seed.get(score, ())))
-    for kind in ("scores", "gain", "same_step_time"):
-        for score in SCORES:
-            line |= _spread(score if kind == "scores" else f"{kind}_{score}", getattr(row, kind).get(score))
+    for score in SCORES:
+        line |= {**_spread(score, row.scores.get(score)), **_spread(f"gain_{score}", row.gain.get(score))}
     return line | {"seeds": " ".join(map(str, row.seeds)), "missing": " ".join(map(str, row.missing))}
 
 

@@ -9,7 +9,12 @@ from axrepro.study.bootstrap import Estimate
 from axrepro.study.study import Arm, Measure, Rule
 
 MISSING = "–"
-RULE_WORDS: Mapping[Rule, str] = {"wall_clock": "equal wall clock", "tokens": "equal tokens", "flops": "equal FLOPs"}
+RULE_WORDS: Mapping[Rule, str] = {
+    "wall_clock": "equal wall clock",
+    "step_time": "equal step time",
+    "tokens": "equal tokens",
+    "flops": "equal FLOPs",
+}
 SCORE_WORDS = {"bits_per_byte": "bits per byte", "accuracy": "next-token accuracy", "choice": "choice among four"}
 MEASURE_WORDS: Mapping[Measure, str] = {
     "step_time": "step time",

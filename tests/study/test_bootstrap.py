@@ -8,8 +8,8 @@ from scipy import stats
 
 from axrepro.study.bootstrap import (
     Estimate,
-    curve_difference,
     difference,
+    difference_between,
     mean,
     mean_difference,
     median,
@@ -109,21 +109,16 @@ def test_equal_input_gives_equal_intervals():
     assert ratio(*a) == ratio(*a)
 
 
-def test_a_curve_is_read_on_a_logarithmic_axis_and_exactly_at_its_points():
+def test_a_score_is_compared_with_what_lies_between_two_others():
     rng = np.random.default_rng(0)
-    point, *curve = (scores(rng) for _ in range(4))
-    xs = [4.0, 1.0, 2.0]
-    for x, node in zip(xs, curve, strict=True):
-        assert curve_difference(point, curve, x, xs) == difference(point, node)
-    values = [ratio(*node).value for node in curve]
-    between = curve_difference(point, curve, math.sqrt(8), xs)
-    assert between.value == pytest.approx(ratio(*point).value - (values[0] + values[2]) / 2, abs=1e-12)
-    on_the_curve = curve_difference(curve[0], [curve[0], curve[0]], 1.5, [1, 2])
-    assert (on_the_curve.value, on_the_curve.low, on_the_curve.high) == pytest.approx((0, 0, 0), abs=1e-12)
-    assert curve_difference(point, curve, 0.99, xs) is None
-    assert curve_difference(point, curve, 4.01, xs) is None
-    assert curve_difference(point, [], 1.0, []) is None
-    assert curve_difference(point, curve[:1], 4.0, xs[:1]) == difference(point, curve[0])
+    point, lower, upper = (scores(rng) for _ in range(3))
+    assert difference_between(point, lower, upper, 0.0) == difference(point, lower)
+    assert difference_between(point, lower, upper, 1.0) == difference(point, upper)
+    values = [ratio(*node).value for node in (lower, upper)]
+    between = difference_between(point, lower, upper, 0.25)
+    assert between.value == pytest.approx(ratio(*point).value - 0.75 * values[0] - 0.25 * values[1], abs=1e-12)
+    itself = difference_between(lower, lower, lower, 0.6)
+    assert (itself.value, itself.low, itself.high) == pytest.approx((0, 0, 0), abs=1e-12)
 
 
 def test_a_slow_round_of_both_does_not_touch_their_ratio():

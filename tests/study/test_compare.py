@@ -93,7 +93,8 @@ def test_budgets_and_the_reported_increase_are_of_one_ratio(folder):
     dense, sparse = results.rows[0], {row.rule: row for row in results.rows if row.facts.arm == MOE}
     assert dense.steps == 20 * 500 / 100
     assert sparse["wall_clock"].increase.value == pytest.approx(0.4)
-    assert {rule: row.steps for rule, row in sparse.items()} == {"wall_clock": 71, "tokens": 100, "flops": 80}
+    steps = {"wall_clock": 71, "step_time": 196, "tokens": 100, "flops": 80}
+    assert {rule: row.steps for rule, row in sparse.items()} == steps
     assert np.median(ROUNDS["moe_s"]) / np.median(ROUNDS["dense_s"]) == pytest.approx(1.4)
     assert sparse["wall_clock"].hours == pytest.approx(71 * 0.3 * 1.4 / 3600)
     assert sparse["tokens"].tokens == dense.tokens
@@ -139,11 +140,27 @@ def test_at_equal_wall_clock_the_interval_holds_that_of_the_ratio(folder):
     assert ratio.high == pytest.approx(0.8)
 
 
-def test_at_the_same_step_time_the_dense_models_are_read_between_two_rungs(folder):
-    row = next(row for row in assemble("made_up", STUDY, {}, folder).rows if row.gain and row.rule == "tokens")
+def test_at_equal_step_time_a_mixture_is_compared_with_what_lies_between_two_dense_models(folder):
+    row = next(row for row in assemble("made_up", STUDY, {}, folder).rows if row.gain and row.rule == "step_time")
     share = np.log(0.42 / 0.3) / np.log(0.6 / 0.3)
-    curve = (1 - share) * 2.0 + share * 1.0
-    assert row.same_step_time["bits_per_byte"].value == pytest.approx(3 - 0.2 * np.log(100) - curve)
+    assert row.steps == round(100 * 4**share) == 196  # a dense model of 0.6 s has 400, one of 0.3 s 100
+    assert row.hours == pytest.approx(196 * 0.42 / 3600)
+    gain = row.gain["bits_per_byte"]
+    assert gain.value == pytest.approx(3 - 0.2 * np.log(196) - ((1 - share) * 2.0 + share * 1.0), abs=1e-6)
+    # with a longer step it would have had more steps, and a better dense model to beat
+    slope = 2 * -0.2 - (1.0 - 2.0) / np.log(2)
+    assert slope > 0
+    assert gain.low == pytest.approx(gain.value, abs=1e-6)
+    assert gain.high - gain.value == pytest.approx(slope * np.log((1 + row.increase.high) / 1.4), abs=1e-6)
+
+
+def test_without_a_larger_dense_model_nothing_is_trained_at_equal_step_time(folder):
+    single = replace(STUDY, ladder=STUDY.ladder[:1])
+    results = assemble("made_up", single, {}, folder)
+    assert {row.rule for row in results.rows if not row.dense} == {"wall_clock", "tokens", "flops"}
+    assert all(
+        cell.steps in (100, 71, 80, 50) for cell in Plan(single, read_measured(single, {}, folder).facts, {}).cells()
+    )
 
 
 def test_expectations_are_judged_by_their_intervals(folder):

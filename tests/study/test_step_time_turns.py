@@ -8,7 +8,12 @@ from axrepro.core.config import override
 from axrepro.study.step_time import in_turns, measure
 from experiments.moe_dense import dense_28k, moe_28k
 
-SMALL = {"data.sequence_length": "32", "data.source.source.holdout": "1500", "method.model.dim": "16"}
+SMALL = {
+    "data.sequence_length": "32",
+    "data.source.source.holdout": "1500",
+    "method.model.dim": "16",
+    "method.model.layers.times": "1",
+}
 
 
 def test_every_round_has_every_arm_once_and_begins_with_the_next():

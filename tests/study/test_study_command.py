@@ -30,7 +30,6 @@ WRONG = {
     "moe_vs_dense --experiment.train.seed=5": "--experiment.train.seed is what the study decides",
     "moe_vs_dense --experiment.data.batch=5": "arm 'dense 28k': Text (at data) has no field 'batch'",
     "moe_vs_dense --experiment.data.batch_size=12": "12",  # rows over eight devices
-    "moe_vs_dense --study.tokens_per_parameter=1e-9 --plan": "raise tokens_per_parameter or hours",
     "moe_vs_dense --topology=v5p-1026": "v5p-1026",
     "moe_vs_dense --topology=h100-8": "h100-8",
 }
@@ -39,8 +38,7 @@ WRONG = {
 @pytest.mark.parametrize("flags", WRONG)
 def test_wrong_input_is_told_in_one_line_and_leaves_nothing(flags, tmp_path, capsys):
     workdir = [] if "--workdir" in flags else [f"--workdir={tmp_path}/study"]
-    small = ["--study.rounds=1", "--study.round_steps=1", "--no_ablations", "--rungs=28k"] if "1e-9" in flags else []
-    assert main([*flags.split(), *workdir, *small]) == 2
+    assert main([*flags.split(), *workdir]) == 2
     err = capsys.readouterr().err
     assert err.startswith("axrepro: error: ")
     assert err.count("\n") == 1

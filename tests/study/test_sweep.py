@@ -16,6 +16,7 @@ from etils import epath
 from axrepro import launch, registry
 from axrepro.errors import UserError
 from axrepro.study import sweep
+from axrepro.study.__main__ import main
 from axrepro.study.compare import assemble
 from axrepro.study.files import locked, read_json
 from axrepro.study.measured import measure_all
@@ -29,6 +30,7 @@ CHANGES = {
     "data.sequence_length": "64",
     "data.source.source.holdout": "300",
     "method.model.dim": "16",
+    "method.model.layers.times": "1",
     "eval.batches": "1",
     "checkpoint.every": "10",
     "train.log_every": "5",
@@ -36,7 +38,7 @@ CHANGES = {
 WHOLE = registry.load(registry.find("moe_vs_dense", registry.index(kind="Study")))
 STUDY = replace(
     WHOLE, ladder=WHOLE.ladder[:1], ablations=(), seeds=(0, 1), rules=("wall_clock", "tokens"), rounds=3,
-    round_steps=1, questions=8, tokens_per_parameter=0.5,
+    round_steps=1, questions=8, tokens_per_parameter=2,
 )  # fmt: skip
 
 
@@ -91,6 +93,23 @@ def test_step_times_are_measured_once_so_that_budgets_stay(finished):
         path.write_text(text)
 
 
+def test_a_plan_is_printed_and_one_of_less_than_a_step_is_refused(finished, capsys):
+    folder, plan, _ = finished
+    before = sorted(folder.glob("**/*"))
+    argv = [
+        "moe_vs_dense", f"--workdir={folder}", "--plan", "--rungs=28k", "--no_ablations", "--study.questions=8",
+        "--study.seeds=0,1", "--study.rules=wall_clock,tokens", "--study.tokens_per_parameter=2",
+        *(f"--experiment.{path}={value}" for path, value in CHANGES.items()),
+    ]  # fmt: skip
+    assert main(argv) == 0
+    *table, total = capsys.readouterr().out.splitlines()
+    assert total.startswith(f"{len({cell.key for cell in plan.cells()})} runs, of which 0 are open: 0 minutes")
+    assert {line.split()[0] for line in table[1:]} == {"dense_28k", "moe_28k"}
+    assert main([*argv, "--study.tokens_per_parameter=1e-9"]) == 2
+    assert "raise tokens_per_parameter or hours" in capsys.readouterr().err
+    assert sorted(folder.glob("**/*")) == before
+
+
 def test_scores_agree_with_those_of_the_trainer(finished):
     folder, plan, _ = finished
     for cell in plan.cells():
@@ -132,10 +151,9 @@ def test_the_comparison_has_every_arm_and_rule_and_pairs_its_seeds(finished):
     mean = lambda cells: sum(c["scalars"]["eval/bits_per_byte"] for c in cells) / len(cells)
     assert sparse.scores["bits_per_byte"].value == pytest.approx(mean(cells[False]), rel=1e-5)
     assert sparse.gain["bits_per_byte"].value == pytest.approx(mean(cells[False]) - mean(cells[True]), abs=1e-5)
-    assert sparse.same_step_time == {}  # one rung is no curve
     assert len(sparse.curves) == 2
     assert sparse.curves[0][-1][0] == pytest.approx(sparse.hours)
-    assert [sum(layer) for layer in sparse.loads] == pytest.approx([1] * 2, abs=1e-3)
+    assert [sum(layer) for layer in sparse.loads] == pytest.approx([1], abs=1e-3)
 
 
 def test_cells_that_are_missing_are_named(finished):
@@ -181,7 +199,7 @@ def command(workdir) -> list[str]:
     fields = {**CHANGES, "data.batch_size": "8"}
     return [
         sys.executable, "-m", "axrepro.study", "moe_vs_dense", f"--workdir={workdir}", "--rungs=28k", "--no_ablations",
-        "--study.seeds=0,1", "--study.tokens_per_parameter=1", "--study.rounds=2", "--study.round_steps=1",
+        "--study.seeds=0,1", "--study.tokens_per_parameter=4", "--study.rounds=2", "--study.round_steps=1",
         "--study.questions=4", "--study.rules=tokens",
         *(f"--experiment.{path}={value}" for path, value in fields.items()),
     ]  # fmt: skip
