@@ -8,6 +8,7 @@ dense parameter. Expected scores: to be measured.
 """
 
 from dataclasses import replace
+from functools import partial
 
 from axrepro.core.config import override, swap
 from axrepro.core.sharding import Rules
@@ -212,18 +213,23 @@ def moe_76k() -> Experiment:
 
 
 _EXPERTS = "method.model.layers.layer.layers.3.ffn"  # of moe_6b
+_MIXTURE = "method.model.layers.layer.layers.1.ffn"  # of moe_28k
 
 
-def _moe_6b(label: str, x: float, **changes: str | float) -> Arm:
-    """moe_6b with fields of its mixtures changed, "router.k" as router__k."""
-    fields = [(f"{_EXPERTS}.{name.replace('__', '.')}", str(value)) for name, value in changes.items()]
-    return Arm(label=label, experiment="moe_6b", changes=tuple(fields), x=x)
+def _varied(experiment: str, mixture: str, label: str, x: float | None = None, **changes: str | float) -> Arm:
+    """An experiment with fields of its mixtures changed, "router.losses.z" as router__losses__z."""
+    fields = tuple((f"{mixture}.{name.replace('__', '.')}", str(value)) for name, value in changes.items())
+    return Arm(label=label, experiment=experiment, changes=fields, x=x)
+
+
+_moe_6b = partial(_varied, "moe_6b", _EXPERTS)
+_moe_28k = partial(_varied, "moe_28k", _MIXTURE)
 
 
 def _experts(num_experts: int, devices: int) -> Arm:
     """moe_6b with another number of experts, which lie on so many devices."""
-    changes = ((f"{_EXPERTS}.num_experts", str(num_experts)), ("mesh.expert", str(devices)))
-    return Arm(label=f"{num_experts} experts", experiment="moe_6b", changes=changes, x=num_experts)
+    arm = _moe_6b(f"{num_experts} experts", num_experts, num_experts=num_experts)
+    return replace(arm, changes=(*arm.changes, ("mesh.expert", str(devices))))
 
 
 def _outlook() -> Outlook:
@@ -233,11 +239,7 @@ def _outlook() -> Outlook:
     table = ("rules.table", repr(Rules().replace(**GATHER_REDUCE).table))
     gather = Arm(label="gather and reduce", experiment="moe_6b", changes=(table,))
     of_16 = replace(gather, changes=(table, ("mesh.expert", "16")))  # the mesh of the released experiments
-    dropless = Arm(
-        label="dropless",
-        experiment="moe_6b",
-        changes=((f"{_EXPERTS}.dispatch", "dropless"), (f"{_EXPERTS}.buffer_factor", "1.25")),
-    )
+    dropless = _moe_6b("dropless", dispatch="dropless", buffer_factor="1.25")
     return Outlook(
         ladder=(
             Rung(
@@ -298,15 +300,6 @@ def _outlook() -> Outlook:
             ),
         ),
     )
-
-
-_MIXTURE = "method.model.layers.layer.layers.1.ffn"  # of moe_28k
-
-
-def _moe_28k(label: str, x: float | None = None, **changes: float) -> Arm:
-    """moe_28k with fields of its mixtures changed, "router.losses.z" as router__losses__z."""
-    fields = tuple((f"{_MIXTURE}.{name.replace('__', '.')}", str(value)) for name, value in changes.items())
-    return Arm(label=label, experiment="moe_28k", changes=fields, x=x)
 
 
 def moe_vs_dense() -> Study:

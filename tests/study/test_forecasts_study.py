@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import jaxtyping
 import pytest
+from buckets import register
 from etils import epath
 
 from axrepro import registry
@@ -19,7 +20,6 @@ from axrepro.study.study import Arm, Outlook, Rung, Series, Study
 from axrepro.train.effect import effect
 from axrepro.train.experiment import on_hardware
 from experiments.moe_dense import _outlook
-from tests.buckets import register
 
 SLICE = "v5e-4"
 SMALL = (("method.model.dim", "64"), ("data.sequence_length", "64"), ("method.model.layers.unroll", "1"))

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HARDWARE = ("cpu-8", 8, 1)
 CHANGES = {
     "data.sequence_length": "64",
+    "data.batch_size": "64",
     "data.source.source.holdout": "300",
     "method.model.dim": "16",
     "method.model.layers.times": "1",
@@ -38,7 +39,7 @@ CHANGES = {
 WHOLE = registry.load(registry.find("moe_vs_dense", registry.index(kind="Study")))
 STUDY = replace(
     WHOLE, ladder=WHOLE.ladder[:1], ablations=(), seeds=(0, 1), rules=("wall_clock", "tokens"), rounds=3,
-    round_steps=1, questions=8, tokens_per_parameter=2,
+    round_steps=1, questions=8, tokens_per_parameter=8,
 )  # fmt: skip
 
 
@@ -95,10 +96,10 @@ def test_step_times_are_measured_once_so_that_budgets_stay(finished):
 
 def test_a_plan_is_printed_and_one_of_less_than_a_step_is_refused(finished, capsys):
     folder, plan, _ = finished
-    before = sorted(folder.glob("**/*"))
+    before = sorted(Path(folder).rglob("*"))
     argv = [
         "moe_vs_dense", f"--workdir={folder}", "--plan", "--rungs=28k", "--no_ablations", "--study.questions=8",
-        "--study.seeds=0,1", "--study.rules=wall_clock,tokens", "--study.tokens_per_parameter=2",
+        "--study.seeds=0,1", "--study.rules=wall_clock,tokens", "--study.tokens_per_parameter=8",
         *(f"--experiment.{path}={value}" for path, value in CHANGES.items()),
     ]  # fmt: skip
     assert main(argv) == 0
@@ -107,7 +108,7 @@ def test_a_plan_is_printed_and_one_of_less_than_a_step_is_refused(finished, caps
     assert {line.split()[0] for line in table[1:]} == {"dense_28k", "moe_28k"}
     assert main([*argv, "--study.tokens_per_parameter=1e-9"]) == 2
     assert "raise tokens_per_parameter or hours" in capsys.readouterr().err
-    assert sorted(folder.glob("**/*")) == before
+    assert sorted(Path(folder).rglob("*")) == before
 
 
 def test_scores_agree_with_those_of_the_trainer(finished):

@@ -1,7 +1,6 @@
 """Runs of the launcher in processes of their own, small enough for a test."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from documents import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,12 +40,6 @@ def launch(workdir, *args, timeout=300) -> subprocess.CompletedProcess:
     return subprocess.run(
         command(workdir, *args), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout
     )
-
-
-def environment() -> dict[str, str]:
-    """This environment, with programs that compile fast: they run for a moment only."""
-    plain = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
-    return plain | {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 def start(workdir, *args) -> subprocess.Popen:

@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from buckets import Bucket, register
 
 from axrepro.errors import UserError
 from axrepro.train.workdir import Workdir
 from axrepro.train.writers import Writers, read_metrics
-from tests.buckets import Bucket, register
 
 
 @pytest.fixture(scope="module", autouse=True)
