@@ -136,8 +136,8 @@ def score_questions(program: Program, params: dict, questions: Questions) -> np.
     anywhere, which says nothing about the question (Holtzman et al., arXiv:2104.08315). Ties and nan count as wrong.
 
     Rows are padded to whole batches. A mixture with a capacity routes each row by itself, unless its `group_size`
-    exceeds the row: the rows of a group then share the room of its experts, and choices influence each other. All
-    processes take part.
+    exceeds the row: the rows of a group then share the room of its experts, and choices influence each other. Experts
+    that are full leave out the last tokens of a row, which are those of the choice. All processes take part.
 
     Raises:
       UserError: if the experiment trains no language model.

@@ -196,24 +196,28 @@ def _answer(results: Results) -> list[str]:
     leads = [_lead(main, RULE_WORDS["wall_clock"])]
     if any(same.values()):
         leads.append(_lead(same, RULE_WORDS["step_time"]))
-    said = [f"**{' '.join(leads)}**"]
+    told = []
     if compared:
-        said.append(
+        told.append(
             "In held-out bits per byte less those of the dense model of the rung (below 0 is better, and it is not "
             f"decided where the 95 % interval includes 0) {_told(main, 'bits_per_byte')}."
         )
-    for score in SCORES[1:]:
-        numbers = {verdict: len(found) for verdict, found in _judged(rows, "wall_clock", score).items()}
-        if any(numbers.values()):
-            counted = ", ".join(f"{number} {verdict}" for verdict, number in numbers.items() if number)
-            said.append(f"By {SCORE_WORDS[score]}: {counted}.")
-    said += _only_at_equal_tokens(rows)
-    if told := _told(same, "bits_per_byte"):
-        said.append(
+        told[-1] = " ".join([told[-1], *_by_other_scores(rows, "wall_clock")])
+    if found := _told(same, "bits_per_byte"):
+        told.append(
             "At equal step time, so with as many steps, tokens and seconds as a dense model whose step takes as long "
-            f"(read between two rungs), {told}."
+            f"(read between two rungs), {found}."
         )
-    return [" ".join(said), *_blame(rows), _intervals(results)]
+        told[-1] = " ".join([told[-1], *_by_other_scores(rows, "step_time")])
+    told += _only_at_equal_tokens(rows)
+    return [f"**{' '.join(leads)}**", *([_bullets(told)] if told else []), *_blame(rows), _intervals(results)]
+
+
+def _by_other_scores(rows: Sequence[Row], rule: Rule) -> Iterator[str]:
+    for score in SCORES[1:]:
+        numbers = {verdict: len(found) for verdict, found in _judged(rows, rule, score).items()}
+        if counted := ", ".join(f"{number} {verdict}" for verdict, number in numbers.items() if number):
+            yield f"By {SCORE_WORDS[score]}: {counted}."
 
 
 def _only_at_equal_tokens(rows: Sequence[Row]) -> list[str]:
