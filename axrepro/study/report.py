@@ -199,8 +199,8 @@ def _answer(results: Results) -> list[str]:
     told = []
     if compared:
         told.append(
-            "In held-out bits per byte less those of the dense model of the rung (below 0 is better, and it is not "
-            f"decided where the 95 % interval includes 0) {_told(main, 'bits_per_byte')}."
+            "At equal wall clock, in held-out bits per byte less those of the dense model of the rung (below 0 is "
+            f"better, and it is not decided where the 95 % interval includes 0) {_told(main, 'bits_per_byte')}."
         )
         told[-1] = " ".join([told[-1], *_by_other_scores(rows, "wall_clock")])
     if found := _told(same, "bits_per_byte"):
