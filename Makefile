@@ -31,14 +31,14 @@ train: .venv/core.stamp  ## train moe_tiny on the standard library's text, and c
 	@$(BIN)/python -m axrepro.quickstart
 
 test: .venv/dev.stamp  ## the default test suite
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/dev.stamp  ## the long tests
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m slow
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 ONLY ?= golden
 goldens: .venv/dev.stamp  ## write the golden files anew (of one file: ONLY=FILE); git diff shows what changed
-	@$(BIN)/python -m pytest tests/experiments -n 2 --dist loadgroup --no-loadscope-reorder -k "golden and $(ONLY)" --goldens
+	@$(BIN)/python -m pytest tests/experiments -n 2 --dist loadfile --no-loadscope-reorder -k "golden and $(ONLY)" --goldens
 
 bench: .venv/dev.stamp  ## step and start-up beside transformers and flax.linen, under ten minutes on two idle cores
 	@$(BIN)/python -m benchmarks

@@ -22,14 +22,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that share compiled functions go to one process: those of a file, where they are not grouped otherwise.
-
-    The longest ones start first, so that no process waits for another at the end.
-    """
+    """The longest files start first, so that no process waits for another at the end."""
     items.sort(key=lambda item: not any(name in item.nodeid for name in ("test_docs", "tests/train", "test_contract")))
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def _command(text: str, extra: str, folder: Path) -> str:
     return ""
 
 
-@pytest.mark.parametrize("page", [pytest.param(p, id=p.name, marks=pytest.mark.xdist_group(p.name)) for p in PAGES])
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_a_page_does_what_it_says(page, checkout):
     output = ""
     for step in steps(page):

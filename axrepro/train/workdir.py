@@ -1,6 +1,5 @@
 """Where a run lives: a folder, or a bucket (gs://, s3://) whose small files are written through a local copy."""
 
-import os
 import re
 import sys
 import tempfile
@@ -11,8 +10,6 @@ from etils import epath
 
 from axrepro.errors import UserError
 
-# or buckets would be reached through TensorFlow where it is installed, which takes seconds and knows no s3://
-os.environ.setdefault("EPATH_USE_TF", "false")
 _KEPT = (
     "config*.json",
     "metrics.jsonl",

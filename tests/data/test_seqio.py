@@ -19,7 +19,6 @@ from axrepro.data.sources.tfds import Tfds
 from axrepro.decode.sample import sample
 from axrepro.models.causal_lm import llama
 
-pytestmark = pytest.mark.xdist_group("tensorflow")  # its import takes seconds
 DATA = Path(os.environ.get("AXREPRO_DATA", Path(__file__).resolve().parents[2].parent / "shared/data"))
 FILES, LINES, HELD_OUT = 3, 12, 7  # train files, lines in each, lines of the validation file
 

@@ -18,7 +18,6 @@ from axrepro.core import UserError
 from axrepro.data.records import BadRecord
 from axrepro.data.sources.tfds import Tfds
 
-pytestmark = pytest.mark.xdist_group("tensorflow")  # its import takes seconds
 FORMATS = ("tfrecord", "array_record")
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -23,7 +23,6 @@ from axrepro.train.workdir import Workdir
 STEPS = 30
 ENTRIES = registry.index()
 FILES = [entry.file for entry in ENTRIES if entry.function == "tiny"]
-TINY = [pytest.param(file, id=file, marks=pytest.mark.xdist_group(file)) for file in FILES]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +80,7 @@ def tiny(file: str) -> Trained:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("file", TINY)
+@pytest.mark.parametrize("file", FILES)
 def test_golden_curve(file, golden):
     curve = {n: [s[n] for s in tiny(file).scalars] for n in tiny(file).scalars[0] if _is_curve(n)}
     golden(
@@ -96,7 +95,7 @@ def _is_curve(name: str) -> bool:
     return name.split("/")[-1] in ("loss", "grad_norm")
 
 
-@pytest.mark.parametrize("file", TINY)
+@pytest.mark.parametrize("file", FILES)
 def test_its_loss_falls_and_stays_finite(file):
     trained = tiny(file)
     losses = [sum(v for n, v in scalars.items() if n.split("/")[-1] == "loss") for scalars in trained.scalars]
@@ -106,12 +105,12 @@ def test_its_loss_falls_and_stays_finite(file):
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 3 * spread
 
 
-@pytest.mark.parametrize("file", TINY)
+@pytest.mark.parametrize("file", FILES)
 def test_its_step_compiles_once(file):
     assert len(tiny(file).compilations) == 1
 
 
-@pytest.mark.parametrize("file", TINY)
+@pytest.mark.parametrize("file", FILES)
 def test_exactly_what_trains_or_is_updated_changes(file):
     trained = tiny(file)
     after = jax.device_get(flatten(trained.state.params))
@@ -119,7 +118,7 @@ def test_exactly_what_trains_or_is_updated_changes(file):
     assert changed == {path for path, spec in flatten(trained.program.specs).items() if spec.role != "frozen"}
 
 
-@pytest.mark.parametrize("file", TINY)
+@pytest.mark.parametrize("file", FILES)
 def test_a_step_keeps_shapes_dtypes_and_shardings(file):
     program, state = tiny(file).program, tiny(file).state
     for wanted, found in zip(jax.tree.leaves(program.abstract_state), jax.tree.leaves(state), strict=True):
@@ -128,7 +127,7 @@ def test_a_step_keeps_shapes_dtypes_and_shardings(file):
         assert not getattr(found, "weak_type", False)  # it would compile again; random keys have no such type
 
 
-@pytest.mark.parametrize("file", TINY)
+@pytest.mark.parametrize("file", FILES)
 def test_exactly_the_updated_parameters_receive_an_update(file):
     program, params = tiny(file).program, tiny(file).state.params
     method, batch = program.experiment.method, program.experiment.data.abstract()
@@ -142,7 +141,7 @@ def test_exactly_the_updated_parameters_receive_an_update(file):
     assert got == updated
 
 
-@pytest.mark.parametrize("file", TINY)
+@pytest.mark.parametrize("file", FILES)
 def test_a_restored_state_takes_the_same_next_step(file, tmp_path):
     trained = tiny(file)
     state, step, batches = trained.state, trained.step, trained.batches

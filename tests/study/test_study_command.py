@@ -17,7 +17,7 @@ WRONG = {
     "moe_vs_dense --study.seeds=0,0": "seeds=(0, 0): it takes different numbers",
     "moe_vs_dense --study.seeds=()": "it takes different numbers",
     "moe_vs_dense --study.seeds=-1": "it takes different numbers from 0 to 4294967295",
-    "moe_vs_dense --study.rules=time": "it takes tuple[Literal['wall_clock', 'tokens', 'flops'], ...]",
+    "moe_vs_dense --study.rules=time": "it takes tuple[Literal['wall_clock', 'step_time', 'tokens', 'flops'], ...]",
     "moe_vs_dense --study.hours=0": "hours=0.0: it takes a number above 0",
     "moe_vs_dense --study.token=5": "has no field 'token'",
     "moe_vs_dense --study.rounds=many": "rounds='many' has the wrong type; it takes int",
